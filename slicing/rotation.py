@@ -1,0 +1,447 @@
+"""Rotate and slice (SliceGPT, Ashkboos et al. 2024, section 3): one pass over the layers, with a width a layer.
+
+Layer i reads the stream in the basis E_i (D, d_i), the leading eigenvectors of its input's covariance, and its MLP
+reads it in M_i (D, d_i). The pass runs the model's own layers in its own basis on a stream that is projected, x E E^T,
+where a sliced layer will read it: the same numbers, up to rounding, as the sliced layers give. So the PCA of a layer
+sees the signals of the sliced layers below it, each layer runs once, and its weights are rotated once.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .families import Block, Family, InputError, find_family
+from .modeling import (
+    SlicedConfig,
+    SlicedForCausalLM,
+    SlicedLayer,
+    attention_branch,
+    find_block,
+    input_axis,
+    is_parallel,
+    matrix,
+    mlp_branch,
+    part,
+    returns_tuple,
+    slice_modules,
+)
+from .pca import Covariance, leading_eigenvectors
+
+_MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
+_BATCH_TOKENS = {"cuda": 16384}
+_CPU_BATCH_TOKENS = 4096
+
+Basis = torch.Tensor | None  # (D, d) fp64 with orthonormal columns; None is the model's own basis, of full width
+
+
+@torch.no_grad()
+def rotate_and_slice(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    widths: list[int],
+    *,
+    rotations: int = 2,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> SlicedForCausalLM:
+    """Slice every decoder layer of a causal LM to its width.
+
+    model: of a family in families.py; it is left as it was. What slicing does not change (the head, a tied table, a
+        layer that keeps its full width) shares storage with it in the sliced model.
+    windows: (N, S) calibration token ids.
+    widths: L numbers d_i in [1, D] (schedule.slice_widths).
+    rotations: 2, a basis before attention and another before the MLP, or 1, one basis a layer.
+    batch_size: windows run at once; None chooses by the device.
+    device: where the layers run; other than the model's, a layer at a time is copied there.
+    progress: show a bar over the layers on stderr.
+    Raises InputError for a family that can't be sliced and for activations that are not finite.
+    """
+    slicer = _Slicer(model, widths, rotations, device)
+    stream = _Stream(model, slicer.family, windows, batch_size, slicer.device)
+    return slicer.slice(_bases(stream, slicer, widths), progress)
+
+
+@dataclass
+class Bases:
+    """All eigenvectors of the dense model's signals: L input bases and L middle ones (None in a parallel block), each
+    (D, D), fp32, on the CPU, leading directions first."""
+
+    rotations: int
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    middles: list[torch.Tensor | None] = field(default_factory=list)
+
+
+@torch.no_grad()
+def dense_bases(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    rotations: int = 2,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Bases:
+    """One calibration for every width: the bases of the unsliced model's signals. Arguments as in rotate_and_slice."""
+    layers = part(model, find_family(model.config).layers)
+    slicer = _Slicer(model, [model.config.hidden_size] * len(layers), rotations, device)
+    stream = _Stream(model, slicer.family, windows, batch_size, slicer.device)
+    found = Bases(rotations)
+    for basis, middle in tqdm(_bases(stream, slicer, None), total=len(layers), desc="bases", disable=not progress):
+        assert basis is not None
+        found.inputs.append(basis.float().cpu())
+        same = middle is basis
+        found.middles.append(found.inputs[-1] if same else None if middle is None else middle.float().cpu())
+    return found
+
+
+@torch.no_grad()
+def slice_with_bases(
+    model: PreTrainedModel,
+    bases: Bases,
+    widths: list[int],
+    *,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> SlicedForCausalLM:
+    """Slice a model with the bases of `dense_bases`: no calibration, the leading d_i directions of each basis."""
+    slicer = _Slicer(model, widths, bases.rotations, device)
+    hidden_size = model.config.hidden_size
+
+    def leading(basis: torch.Tensor | None, width: int) -> Basis:
+        if basis is None or width == hidden_size:
+            return None
+        return basis[:, :width].to(slicer.work_device).double()
+
+    def chosen() -> Iterator[tuple[Basis, Basis]]:
+        for basis, middle, width in zip(bases.inputs, bases.middles, widths, strict=True):
+            narrow = leading(basis, width)
+            yield narrow, narrow if middle is basis else leading(middle, width)
+
+    return slicer.slice(chosen(), progress)
+
+
+class _Stream:
+    """The residual stream of all windows, (N, S, D) in the model's basis and dtype, and what each layer is called with.
+
+    Batches run through in place, so this buffer and what one batch needs is all the memory that activations take.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        windows: torch.Tensor,
+        batch_size: int | None,
+        device: torch.device,
+    ) -> None:
+        if windows.ndim != 2 or 0 in windows.shape:
+            raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
+        tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
+        self.batch_size = batch_size or max(1, tokens // windows.shape[1])
+        self.centred = family.layer_norm
+        self.device = device
+        path, _, name = family.layers.rpartition(".")
+        body = _with_recorders(part(model, path), name, device)
+        recorders = getattr(body, name)
+        self.calls: dict[int, list[tuple[Any, Any]]] = {}  # batch size -> (args, kwargs) of every layer
+        self.buffer: torch.Tensor | None = None
+        for start in range(0, len(windows), self.batch_size):
+            batch = windows[start : start + self.batch_size]
+            body(input_ids=batch.to(device), use_cache=False)
+            hidden = recorders[0].hidden  # (B, S, D), after positions, multipliers and dropout
+            if self.buffer is None:
+                self.buffer = hidden.new_empty(len(windows), *hidden.shape[1:])
+            self.buffer[start : start + len(batch)] = hidden
+            self.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
+
+    def run(
+        self,
+        index: int,
+        step: Callable[[torch.Tensor, Any, Any], torch.Tensor],
+        *,
+        measure: bool,
+        keep: bool = True,
+    ) -> Covariance:
+        """Run `step` of layer `index` on every batch; keep what it returns in the buffer, measure its covariance."""
+        assert self.buffer is not None
+        covariance = Covariance(self.buffer.shape[-1], self.device, centred=self.centred)
+        for batch in torch.split(self.buffer, self.batch_size):
+            args, kwargs = self.calls[len(batch)][index]
+            states = step(batch, args, kwargs)
+            if measure:
+                covariance.add(states)
+            if keep and states is not batch:
+                batch.copy_(states)
+        return covariance
+
+
+class _Recorder(nn.Module):
+    """Stands in a decoder layer's place: notes what it is called with and lets the stream through."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        self.__dict__.update(plain)  # some bodies read attributes of their layers
+        self.returns_tuple = returns_tuple(layer)
+        self.hidden: torch.Tensor | None = None
+        self.call: tuple[Any, Any] = ((), {})
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden_states, (args, kwargs)
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+def _with_recorders(body: nn.Module, name: str, device: torch.device) -> nn.Module:
+    """A copy of a body that shares its modules, with recorders for layers; the body itself is not touched."""
+    recorders = nn.ModuleList(_Recorder(layer) for layer in getattr(body, name))
+    shallow = copy.copy(body)
+    shallow._modules = {**body._modules, name: recorders}
+    return _on(shallow, device)
+
+
+def _on(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself if it is there, else a copy of it on the device."""
+    where = next(module.parameters()).device
+    return module if where == device else copy.deepcopy(module).to(device)
+
+
+def _bases(stream: _Stream, slicer: "_Slicer", widths: list[int] | None) -> Iterator[tuple[Basis, Basis]]:
+    """Run the stream through the layers and give (E_i, M_i) of each, in order; M_i is E_i in a block with one basis.
+
+    widths None: nothing is projected, and each basis has all D directions.
+    """
+    hidden_size, centred = slicer.hidden_size, stream.centred
+    last = len(slicer.layers) - 1
+
+    def narrow(index: int) -> bool:
+        return index <= last and (widths is None or widths[index] < hidden_size)
+
+    def find(covariance: torch.Tensor, index: int) -> torch.Tensor:
+        return leading_eigenvectors(covariance, hidden_size if widths is None else widths[index], centred=centred)
+
+    def projection(basis: Basis) -> torch.Tensor | None:
+        if basis is None or widths is None:
+            return None
+        return (basis @ basis.T).to(device=stream.device, dtype=slicer.dtype)
+
+    incoming = stream.run(0, lambda batch, args, kwargs: batch, measure=narrow(0))
+    for index in range(last + 1):
+        layer = _on(slicer.layers[index], stream.device)
+        block = find_block(layer, slicer.family)
+        parallel = is_parallel(layer, block)
+        one_basis = parallel or slicer.rotations == 1
+        basis: Basis = None
+        if narrow(index) and one_basis and not parallel:
+            # the unsliced attention gives the middle; in a dense pass that is the step itself
+            middle = stream.run(index, _attention_step(layer, block, None), measure=True, keep=widths is None)
+            basis = find(incoming.normalised() + _MIDDLE_WEIGHT * middle.normalised(), index)
+        elif narrow(index):
+            basis = find(incoming.matrix(), index)
+        middle_basis = basis
+        measure = narrow(index) and not one_basis
+        attention_done = parallel or (one_basis and widths is None)
+        if not attention_done and (measure or index < last):
+            middle = stream.run(index, _attention_step(layer, block, projection(basis)), measure=measure)
+            if measure:
+                middle_basis = find(middle.matrix(), index)
+        yield basis, middle_basis
+        if index < last:  # the last layer writes in the model's own basis: its output is not needed
+            step = (_parallel_step if parallel else _mlp_step)(layer, block, projection(middle_basis))
+            incoming = stream.run(index, step, measure=narrow(index + 1))
+
+
+def _attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        return stream + attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)[0]
+
+    return step
+
+
+def _mlp_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        return stream + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+
+    return step
+
+
+def _parallel_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        attention, _ = attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)
+        return stream + attention + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+
+    return step
+
+
+def _project(stream: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
+    return stream if projection is None else stream @ projection
+
+
+class _Slicer:
+    """Builds the sliced model of a dense one and fills in its weights, given the bases."""
+
+    def __init__(self, model: PreTrainedModel, widths: list[int], rotations: int, device: torch.device | None) -> None:
+        self.family = find_family(model.config)
+        self.model = model
+        self.rotations = rotations
+        self.layers = part(model, self.family.layers)
+        self.hidden_size: int = model.config.hidden_size
+        self.dtype: torch.dtype = next(self.layers.parameters()).dtype
+        self.device = torch.device(device or next(self.layers.parameters()).device)
+        self.work_device = torch.device("cpu") if self.device.type == "mps" else self.device  # no fp64 on mps
+        self.sliced = _skeleton(model, self.family, list(widths), rotations)
+
+    def slice(self, bases: Iterator[tuple[Basis, Basis]], progress: bool) -> SlicedForCausalLM:
+        """Fill in each layer as soon as the basis of the next one is known."""
+        sliced_layers = part(self.sliced.model, self.family.layers)
+        previous: tuple[Basis, Basis] | None = None
+        for index, pair in enumerate(tqdm(bases, total=len(self.layers), desc="slice", disable=not progress)):
+            if previous is None:
+                self._write_embedding(pair[0], sliced_layers[0])
+            else:
+                self._write_layer(index - 1, sliced_layers[index - 1], *previous, pair[0])
+            previous = pair
+        assert previous is not None
+        self._write_layer(len(self.layers) - 1, sliced_layers[-1], *previous, None)
+        return self.sliced
+
+    def _write_embedding(self, basis: Basis, first: SlicedLayer) -> None:
+        if basis is None:
+            return
+        if first.embedding_projection is not None:
+            first.embedding_projection.weight.copy_(basis.T)
+            return
+        for path in self.family.tables:
+            dense, sliced = part(self.model, path).weight, part(self.sliced.model, path).weight
+            for rows, target in zip(torch.split(dense, 16384), torch.split(sliced, 16384), strict=True):
+                target.copy_(self._fp64(rows) @ basis)
+
+    def _write_layer(self, index: int, sliced: SlicedLayer, basis: Basis, middle: Basis, following: Basis) -> None:
+        dense, block = self.layers[index], sliced.block
+        mlp_basis = basis if sliced.parallel else middle
+        self._write_readers(dense, sliced, block.attention_norm, block.attention_in, basis, 0)
+        self._write_readers(dense, sliced, block.mlp_norm, block.mlp_in, mlp_basis, sliced.mlp_width)
+        self._write_writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
+        for path in block.mlp_out:
+            self._write_writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
+        if sliced.attn_shortcut is not None and basis is not None and middle is not None:
+            sliced.attn_shortcut.weight.copy_(middle.T @ basis)
+        if sliced.mlp_shortcut is not None:
+            sliced.mlp_shortcut.weight.copy_(_shortcut(mlp_basis, following))
+
+    def _write_readers(
+        self, dense: nn.Module, sliced: nn.Module, norm_path: str, paths: tuple[str, ...], basis: Basis, width: int
+    ) -> None:
+        """W diag(norm weight) E sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
+        if basis is None:
+            return
+        norm: Any = part(dense, norm_path)
+        rotation = basis * math.sqrt(self.hidden_size / basis.shape[1])
+        if getattr(norm, "weight", None) is not None:
+            rotation = rotation * (self._fp64(norm.weight) + self.family.norm_offset)[:, None]
+        rotation = _padded(rotation, width)
+        shift = getattr(norm, "bias", None)
+        for path in paths:
+            owner, name = matrix(dense, path)
+            target, _ = matrix(sliced, path)
+            axis = input_axis(owner)
+            for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
+                wide = self._fp64(weight)
+                filled.copy_(wide @ rotation if axis == -1 else rotation.T @ wide)
+                if getattr(target, "bias", None) is not None:
+                    bias = 0.0 if owner.bias is None else self._fp64(owner.bias)
+                    if shift is not None:
+                        bias = bias + (wide @ self._fp64(shift) if axis == -1 else self._fp64(shift) @ wide)
+                    target.bias.copy_(bias)
+
+    def _write_writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis, width: int) -> None:
+        """E^T W, and E^T b where there is a bias."""
+        if basis is None:
+            return
+        basis = _padded(basis, width)
+        owner, name = matrix(dense, path)
+        target, _ = matrix(sliced, path)
+        for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
+            wide = self._fp64(weight)
+            filled.copy_(basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
+        if getattr(owner, "bias", None) is not None:
+            target.bias.copy_(basis.T @ self._fp64(owner.bias))
+
+    def _fp64(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.detach().to(self.work_device).double()
+
+
+def _shortcut(source: Basis, target: Basis) -> torch.Tensor:
+    """E^T F as a linear layer's weight (d of F, d of E); None is the identity."""
+    if source is None or target is None:
+        basis = target.T if source is None and target is not None else source
+        assert basis is not None
+        return basis
+    return target.T @ source
+
+
+def _padded(basis: torch.Tensor, width: int) -> torch.Tensor:
+    return nn.functional.pad(basis, (0, width - basis.shape[1])) if width > basis.shape[1] else basis
+
+
+def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The matrix pairs of a weight: one, or one an expert."""
+    return iter([(dense, sliced)] if dense.ndim == 2 else zip(dense, sliced, strict=True))
+
+
+def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
+    """A sliced model that shares the dense one's parameters, with empty weights where slicing changes them."""
+    text_config = copy.deepcopy(model.config)
+    text_config.tie_word_embeddings = _is_tied(model)
+    first = part(model, family.layers)[0]
+    config = SlicedConfig(
+        text_config=text_config,
+        widths=widths,
+        rotations=rotations,
+        gained_biases=_gained_biases(first, find_block(first, family)),
+        dtype=next(model.parameters()).dtype,
+    )
+    for choice in ("_attn_implementation", "_experts_implementation"):  # a new outer config resets them
+        setattr(text_config, choice, getattr(model.config, choice))
+    with torch.device("meta"):
+        sliced = SlicedForCausalLM(config)
+    sliced.model = _sharing_copy(model, text_config)
+    slice_modules(sliced.model, config)
+    sliced.generation_config = copy.deepcopy(model.generation_config)
+    sliced.eval()
+    return sliced
+
+
+def _sharing_copy(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """A deep copy whose parameters and buffers share storage with the model's, tied ones tied."""
+    memo: dict[int, Any] = {id(model.config): config}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    shared: PreTrainedModel = copy.deepcopy(model, memo)
+    return shared
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no head: load it as a causal LM")
+    return head.weight is model.get_input_embeddings().weight
+
+
+def _gained_biases(layer: nn.Module, block: Block) -> list[str]:
+    """The linear layers without a bias that read a norm with one."""
+    gained: list[str] = []
+    for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, block.mlp_in)):
+        if getattr(part(layer, norm), "bias", None) is not None:
+            gained += [path for path in paths if part(layer, path).bias is None]
+    return gained

@@ -1,0 +1,457 @@
+"""Results read again, compared, tabulated and drawn. The runs are made up: 6 layers, 5 windows."""
+
+import copy
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slicing.families import InputError
+from slicing.plots import redundancy_figure, sweep_figure
+from slicing.report import (
+    RESULTS_SCHEMA,
+    check_results,
+    equal_size_summary,
+    format_row,
+    format_table,
+    header,
+    main,
+    paired_standard_error,
+    plot_redundancy,
+    plot_sweep,
+    read_results,
+    write_csv,
+)
+from slicing.schedule import final_slices, slice_widths, sweep_amounts
+
+LR = [0.0, 0.4, 0.8, 0.9, 1.0, 0.5]
+NOISE = [0.2, -0.1, 0.05, -0.25, 0.1]  # of the windows, mean 0
+
+
+def make_run(
+    *,
+    name: str = "someone/small-model",
+    dense: float = 18.46,
+    mean: float = 0.3,
+    step: float = 0.1,
+    tasks: tuple[str, ...] = ("piqa", "arc_easy"),
+    rotations: int = 2,
+    calibration: str = "every-point",
+    equal: bool = False,
+    confirm: bool = False,
+    redundancy: list[float] = LR,
+    hidden_size: int = 64,
+) -> dict[str, Any]:
+    """A finished run in which dynamic slicing beats constant slicing."""
+    parameters = 134_500_000
+
+    def point(
+        kind: str, key: str, sp: float | None, amount: float | None, perplexity: float, count: int
+    ) -> dict[str, Any]:
+        sliced = sp is not None
+        slices = final_slices(redundancy, mean=sp, base=sp - amount) if sliced else None
+        wobble = 0.0 if not sliced else 0.01 * (1 + amount)
+        scores = {
+            task: {
+                "metric": "acc_norm",
+                "value": 0.9 - 0.1 * math.log(perplexity) - 0.05 * i,
+                "stderr": 0.011 + 0.002 * i,
+                "documents": 1838,
+                "metrics": {"acc": {"value": 0.6, "stderr": 0.011}},
+            }
+            for i, task in enumerate(tasks)
+        }
+        return {
+            "key": key,
+            "kind": kind,
+            "mean": sp,
+            "base": sp - amount if sliced else None,
+            "amount": amount,
+            "slices": slices,
+            "widths": slice_widths(slices, hidden_size) if sliced else None,
+            "rotations": rotations if sliced else None,
+            "calibration": ("every-point" if kind == "confirm" else calibration) if sliced else None,
+            "parameters": count,
+            "cut": 1 - count / parameters,
+            "perplexity": perplexity,
+            "nll": [math.log(perplexity) + x + wobble * y for x, y in zip(NOISE, NOISE[1:] + NOISE[:1], strict=True)],
+            "tasks": scores,
+            "mean_accuracy": sum(score["value"] for score in scores.values()) / len(scores) if scores else None,
+            "seconds": {"slice": 12.5 if sliced else None, "perplexity": 30.25, "tasks": 100.0 if tasks else None},
+            "peak_memory_bytes": {"slice": 2_000_000_000 if sliced else None, "perplexity": 10**9, "tasks": None},
+        }
+
+    points = [point("dense", "dense", None, None, dense, parameters)]
+    for i, amount in enumerate(sweep_amounts(mean, step)):
+        perplexity = dense * math.exp(mean * (2.8 - 0.73 * amount / mean + 0.1 * (amount / mean) ** 2))
+        points.append(point("sweep", f"sweep-{i}", mean, amount, perplexity, 112_600_000 + round(10**7 * amount)))
+    best = points[-1]
+    if equal:
+        points.append(point("equal-parameters", "equal", 0.26, 0.0, 1.15 * best["perplexity"], best["parameters"]))
+    if confirm:
+        points.append(point("confirm", "confirm", mean, mean, 0.94 * best["perplexity"], best["parameters"]))
+    text = {"source": "wikitext2", "split": "test", "windows": len(NOISE), "length": 2048, "tokens": len(NOISE) * 2048}
+    return {
+        "schema_version": 1,
+        "arguments": {"model": name, "mean": mean},
+        "model": {
+            "name": name,
+            "revision": None,
+            "model_type": "llama",
+            "dtype": "float32",
+            "parameters": parameters,
+            "hidden_size": hidden_size,
+            "layers": len(redundancy),
+            "tied": True,
+        },
+        "versions": {"python": "3.11.7", "torch": "2.11.0", "transformers": "5.24.0", "lm_eval": None},
+        "git": None,
+        "device": "cpu",
+        "seed": 42,
+        "data": {"calibration": text | {"split": "train"}, "perplexity": text, "redundancy": None},
+        "redundancy": {
+            "normalised": redundancy,
+            "cosine": [0.5 + 0.4 * lr for lr in redundancy],
+            "stderr": [0.004] * len(redundancy),
+        },
+        "points": points,
+    }
+
+
+@pytest.fixture
+def run() -> dict[str, Any]:
+    return make_run()
+
+
+def save(run: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    return folder
+
+
+# ---- schema
+
+
+def keys_of(node: Any, path: str = "") -> set[str]:
+    """Dotted names of all keys, as the schema writes them."""
+    if isinstance(node, list):
+        return set().union(*(keys_of(item, path) for item in node))
+    if not isinstance(node, dict) or path == "arguments":
+        return set()
+    names = {name: "*" if path == "points.tasks" else name for name in node}
+    paths = {name: f"{path}.{part}".lstrip(".") for name, part in names.items()}
+    return set(paths.values()).union(*(keys_of(node[name], paths[name]) for name in node))
+
+
+def test_every_key_of_a_run_is_documented_and_every_documented_key_is_there(run):
+    run["data"]["redundancy"] = run["data"]["perplexity"]
+    check_results(run)
+    found = {key for key in keys_of(run) if not key.startswith("points.tasks.*.metrics")}
+    assert found == set(RESULTS_SCHEMA)
+
+
+def remove(run: dict[str, Any], key: str) -> str:
+    """Remove a key of the schema from the last place that has it; returns the name that the error must have."""
+    node, label = run, ""
+    *parents, last = key.split(".")
+    for part in parents:
+        name = "piqa" if part == "*" else part
+        node, label = node[name], f"{label}.{name}"
+        if isinstance(node, list):
+            label += f"[{len(node) - 1}]"
+            node = node[-1]
+    del node[last]
+    return f"{label}.{last}".lstrip(".")
+
+
+@pytest.mark.parametrize("key", [key for key in RESULTS_SCHEMA if not key.endswith("*")])
+def test_a_missing_key_is_named(run, key):
+    run["data"]["redundancy"] = dict(run["data"]["perplexity"])
+    run["data"]["calibration"] = dict(run["data"]["calibration"])
+    name = remove(run, key)
+    with pytest.raises(InputError, match="schema_version is None" if key == "schema_version" else re.escape(name)):
+        check_results(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run.update(schema_version=2), "schema_version is 2, known is 1"),
+        (lambda run: run["model"].update(parameters=1.5), "model.parameters is '1.5' of type float: it must be int"),
+        (lambda run: run["model"].update(tied=1), "model.tied is '1' of type int: it must be bool"),
+        (lambda run: run.update(seed=True), "seed is 'True'"),
+        (lambda run: run["points"][2].update(perplexity="34"), r"points\[2\].perplexity is '34' of type str"),
+        (lambda run: run["points"][2].update(kind="best"), r"points\[2\].kind is 'best'"),
+        (lambda run: run["points"][1]["nll"].pop(), r"points\[1\].nll has 4 values: there must be 5"),
+        (lambda run: run["points"][1]["widths"].pop(), r"points\[1\].widths has 5 values: there must be 6"),
+        (lambda run: run["redundancy"].update(normalised=[0, 1]), "redundancy.normalised has 2 values"),
+        (lambda run: run["points"][1].update(note="x"), r"points\[1\].note is not a key of schema 1"),
+        (lambda run: run.update(points=[None]), "points is .* it must be objects"),
+        (lambda run: run["points"][1]["tasks"]["piqa"].pop("stderr"), r"points\[1\].tasks.piqa.stderr is missing"),
+    ],
+)
+def test_wrong_values_are_named_with_their_place(run, change, message):
+    run = copy.deepcopy(run)
+    change(run)
+    with pytest.raises(InputError, match=message):
+        check_results(run)
+
+
+def test_results_are_read_back_as_written(run, tmp_path):
+    assert read_results(save(run, tmp_path / "run")) == run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "can't be read"),
+        (b'{"schema_version": 1, "poi', "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[]", "of type list: they must be a JSON object"),
+        (b'{"schema_version": 1}', "arguments is missing"),
+    ],
+)
+def test_damaged_results_end_in_one_line_and_exit_code_2(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "results.json").write_bytes(content)
+    assert main([str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"error: .*results\.json.*{re.escape(message)}.*\n", captured.err)
+
+
+# ---- comparisons
+
+
+def test_paired_standard_error_is_that_of_the_differences():
+    # Differences 1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14 / 3, SE sqrt(14 / 3 / 4).
+    assert paired_standard_error([11, 22, 33, 46], [10, 20, 30, 40]) == pytest.approx(math.sqrt(14 / 12))
+    assert paired_standard_error([2.0, 3.0], [1.0, 2.0]) == 0
+    assert paired_standard_error([2.0], [1.0]) is None
+
+
+def test_summary_says_how_much_of_the_gain_is_left_at_equal_size():
+    run = make_run(equal=True)
+    constant, best, equal = run["points"][1], run["points"][-2], run["points"][-1]
+    constant["perplexity"], best["perplexity"], equal["perplexity"] = 40.0, 32.0, 36.0
+    lines = equal_size_summary(run)
+    assert len(lines) == 3
+    assert "SB 0.000. Perplexity 32.000" in lines[0]
+    assert "against 40.000" in lines[0]
+    assert "(-20.0%, paired SE " in lines[0]
+    assert "against 36.000 with 115.6M for constant slicing of mean 0.2600 (-11.1%" in lines[1]
+    assert f"{math.log(36 / 32) / math.log(40 / 32):.0%} of the gain" in lines[2]  # 53 %
+
+
+def test_summary_warns_where_sizes_differ_and_says_where_they_do_not(run):
+    assert "2.7% more parameters" in equal_size_summary(run)[1]
+    for point in run["points"][1:]:
+        point["parameters"] = 112_600_000
+    assert "same number of parameters" in equal_size_summary(run)[1]
+
+
+def test_summary_compares_only_points_made_in_the_same_way():
+    run = make_run(confirm=True, calibration="once")
+    assert run["points"][-1]["perplexity"] < run["points"][-2]["perplexity"]
+    assert f"Perplexity {run['points'][-2]['perplexity']:.3f}" in equal_size_summary(run)[0]
+
+
+def test_a_run_without_dynamic_points_has_no_summary(run):
+    run["points"] = run["points"][:2]
+    assert equal_size_summary(run) == []
+
+
+# ---- table
+
+
+def test_rows_are_as_wide_as_the_header_and_aligned_with_it():
+    run = make_run(equal=True, confirm=True)
+    first, second, rule = header(run).split("\n")
+    rows = [format_row(point, run) for point in run["points"]]
+    assert {len(row) for row in rows} == {len(second)} == {len(rule)}
+    for title in ("SB", "SP", "perplexity", "constant", "cut", "arc_easy", "accuracy", "seconds"):
+        end = second.index(title) + len(title)
+        assert all(row[end - 1] != " " and row[end : end + 1] in ("", " ") for row in rows), title
+    assert first.rstrip().endswith("mean")
+    assert [row.split()[0] for row in rows] == ["dense", "constant", *["dynamic"] * 3, "equal", "confirmed"]
+
+
+def test_a_row_shows_changes_errors_size_and_time(run):
+    dense, constant, best = run["points"][0], run["points"][1], run["points"][-1]
+    row = format_row(best, run)
+    for expected in (
+        f"{best['perplexity']:.3f}",
+        f"{best['perplexity'] / dense['perplexity'] - 1:+.1%}",
+        f"{paired_standard_error(best['nll'], dense['nll']):.4f}",
+        f"{best['perplexity'] / constant['perplexity'] - 1:+.1%}",
+        f"{paired_standard_error(best['nll'], constant['nll']):.4f}",
+        "115.6M",
+        "14.1%",
+        f"{best['tasks']['piqa']['value']:.3f} ±0.011",
+        f"{best['mean_accuracy']:.3f} ±{math.hypot(0.011, 0.013) / 2:.3f}",
+    ):
+        assert expected in row
+    assert row.endswith(" 143")  # 12.5 + 30.25 + 100
+
+
+def test_rows_can_be_printed_before_the_other_points_exist(run):
+    finished = run["points"]
+    run["points"] = []
+    names = ["piqa", "arc_easy"]
+    early = [format_row(finished[0], run, tasks=names), format_row(finished[2], run, tasks=names)]
+    assert header(run, tasks=names).split("\n")[1].split()[-4:] == ["piqa", "arc_easy", "accuracy", "seconds"]
+    assert early[1].split()[4:8] == ["-"] * 4
+    run["points"] = finished
+    assert format_row(finished[0], run) == early[0]
+
+
+def test_a_run_without_tasks_has_no_task_columns():
+    text = "\n".join(format_table([make_run(tasks=())]))
+    assert "accuracy" not in text
+    assert max(map(len, text.split("\n"))) <= 100
+
+
+def test_a_table_of_several_runs_names_model_rotations_and_calibration():
+    lines = format_table([make_run(), make_run(name="/models/other", rotations=1, calibration="once", tasks=())])
+    assert lines[2].split()[:4] == ["small-model", "2", "every-point", "constant"]
+    assert lines[-1].split()[:4] == ["other", "1", "once", "dynamic"]
+    assert lines[-1].split()[-4:-1] == ["-", "-", "-"]  # the tasks that only the other run has, and their mean
+
+
+def test_csv_has_every_point_at_full_precision(run, tmp_path):
+    write_csv(run, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == [point["key"] for point in run["points"]]
+    for row, point in zip(rows, run["points"], strict=True):
+        for name in ("perplexity", "cut", "parameters", "mean_accuracy"):
+            assert float(row[name]) == point[name]
+        assert float(row["arc_easy"]) == point["tasks"]["arc_easy"]["value"]
+        assert float(row["arc_easy_stderr"]) == 0.013
+    assert (rows[0]["base"], rows[0]["change_dense"], rows[1]["change_constant"]) == ("", "", "")
+    constant, best = run["points"][1], run["points"][-1]
+    assert float(rows[-1]["paired_se_constant"]) == paired_standard_error(best["nll"], constant["nll"])
+
+
+# ---- plots
+
+
+def test_sweep_figure_has_labelled_panels_and_one_curve_a_run():
+    runs = [make_run(), make_run(mean=0.2, rotations=1)]
+    figure = sweep_figure(runs)
+    perplexity, accuracy = figure.axes
+    assert perplexity.get_ylabel() == "perplexity (wikitext2 test)"
+    assert accuracy.get_ylabel() == "mean accuracy of 2 tasks"
+    assert accuracy.get_xlabel().startswith("slice base SB")
+    for axes, value in ((perplexity, "perplexity"), (accuracy, "mean_accuracy")):
+        curves = [container.lines[0] for container in axes.containers]
+        assert [len(curve.get_xdata()) for curve in curves] == [4, 3]
+        assert list(curves[0].get_ydata()) == [point[value] for point in reversed(runs[0]["points"][1:])]
+        level = {
+            line.get_linestyle(): line.get_ydata()[0] for line in axes.lines if line.get_linestyle() in ("--", ":")
+        }
+        assert level == {":": runs[0]["points"][0][value], "--": runs[1]["points"][1][value]}
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [
+        "small-model, dense",
+        "small-model, SP = 0.3, 2 rotations, calibrated at every point",
+        "small-model, SP = 0.2, 1 rotation, calibrated at every point",
+        "constant slicing (SB = SP), the right end of each curve",
+    ]
+
+
+def test_accuracy_has_error_bars_of_one_standard_error(run):
+    bars = sweep_figure([run]).axes[1].containers[0].lines[2][0].get_segments()
+    assert bars[0][1][1] - bars[0][0][1] == pytest.approx(2 * math.hypot(0.011, 0.013) / 2)
+
+
+def test_runs_without_tasks_have_no_accuracy_panel():
+    assert len(sweep_figure([make_run(tasks=())]).axes) == 1
+
+
+def test_perplexities_far_apart_get_a_logarithmic_axis(run):
+    assert sweep_figure([run]).axes[0].get_yscale() == "linear"
+    assert sweep_figure([run, make_run(dense=300)]).axes[0].get_yscale() == "log"
+
+
+def test_extra_points_are_drawn_and_explained():
+    texts = [text.get_text() for text in sweep_figure([make_run(equal=True, confirm=True)]).legends[0].get_texts()]
+    assert texts[-2].startswith("constant slicing with as many parameters")
+    assert texts[-1].startswith("confirmed")
+
+
+def test_nothing_lies_outside_the_figure():
+    run = make_run(name="a/" + "long-name-" * 8, equal=True, confirm=True)
+    for figure in (sweep_figure([run, make_run(dense=300)]), redundancy_figure(run)):
+        figure.draw_without_rendering()
+        width, height = figure.bbox.size
+        for artist in [*figure.legends, *figure.axes]:
+            box = artist.get_tightbbox()
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= width
+            assert box.y1 <= height
+        assert figure.legends[0].get_tightbbox().y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def test_redundancy_figure_shows_vector_and_widths_by_layer(run):
+    figure = redundancy_figure(run)
+    top, bottom = figure.axes
+    assert [bar.get_height() for bar in top.patches] == LR
+    constant, best = (list(patch.get_data().values) for patch in bottom.patches)
+    assert constant == run["points"][1]["widths"]
+    assert best == run["points"][-1]["widths"]
+    assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("decoder layer", "width (hidden size kept)")
+    assert top.get_ylabel() == "layer redundancy LR"
+
+
+def test_a_run_without_redundancy_cannot_be_drawn_by_layer(run):
+    run["redundancy"] = None
+    with pytest.raises(InputError, match="no layer redundancy"):
+        redundancy_figure(run)
+
+
+def test_plots_of_unfinished_runs_are_written(run, tmp_path):
+    for count in range(3):
+        unfinished = run | {"points": run["points"][:count]}
+        plot_sweep([unfinished], tmp_path / "sweep.png")
+        plot_redundancy(unfinished, tmp_path / "redundancy.png")
+        assert (tmp_path / "sweep.png").stat().st_size > 5000
+        assert (tmp_path / "redundancy.png").stat().st_size > 5000
+
+
+# ---- command
+
+
+def test_report_of_one_run_writes_beside_it(run, tmp_path, capsys):
+    folder = save(run, tmp_path / "run")
+    assert main([str(folder)]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[:3] == header(run).split("\n")
+    assert lines[3:8] == [format_row(point, run) for point in run["points"]]
+    assert lines[8].startswith("Best dynamic point")
+    assert {path.name for path in folder.iterdir()} == {"results.json", "results.csv", "sweep.png", "redundancy.png"}
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_two_runs_is_one_table_and_one_figure(tmp_path, capsys):
+    folders = [save(make_run(), tmp_path / "a"), save(make_run(name="x/other", mean=0.2), tmp_path / "b")]
+    output = tmp_path / "new" / "report"
+    assert main([*map(str, folders), "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("perplexity  ") == 1
+    assert text.count("small-model  ") == 5
+    assert text.count("other  ") == 4
+    assert "other, SP = 0.2, 2 rotations, calibrated at every point: Best dynamic point" in text
+    assert {path.name for path in output.iterdir()} == {"results.csv", "sweep.png"}
+    assert len((output / "results.csv").read_text().splitlines()) == 1 + 5 + 4
+
+
+def test_an_output_folder_that_cannot_be_written_ends_in_exit_code_2(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(save(run, tmp_path / "run")), "--output", str(tmp_path / "file" / "report")]) == 2
+    assert re.fullmatch(r"error: .* can't be written .*--output\n", capsys.readouterr().err)
