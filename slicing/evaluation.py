@@ -9,7 +9,6 @@ import copy
 import difflib
 import functools
 import logging
-import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ def perplexity(
     model: "PreTrainedModel", windows: torch.Tensor, *, batch_size: int | None = None, progress: bool = True
 ) -> float:
     """exp of the mean negative log likelihood of the S - 1 predicted tokens of all windows (N, S)."""
-    return math.exp(window_nll(model, windows, batch_size=batch_size, progress=progress).mean().item())
+    return window_nll(model, windows, batch_size=batch_size, progress=progress).mean().exp().item()
 
 
 def window_nll(

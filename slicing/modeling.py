@@ -229,7 +229,7 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
         layers[index] = sliced_layer_class(type(layer))(layer, family, config, index, projected)
 
 
-@cache  # type: ignore[arg-type]
+@cache
 def sliced_layer_class(dense: Any) -> type[SlicedLayer]:
     """SlicedLayer as a subclass of the family's layer: Transformers finds the layers whose hidden states it captures by
     that class."""

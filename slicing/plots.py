@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slicing.families import InputError
 from slicing.results import (
@@ -150,6 +150,33 @@ def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None
     figure.set_figheight(figure.get_figheight() + 0.18 * lines)
 
 
+def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
+    """Write a figure of LR by layer; `redundancy` as in results.json."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    _draw_redundancy(axes, redundancy)
+    axes.set_title(textwrap.fill(title, 72), fontsize=10)
+    axes.set_xlabel("decoder layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=200)
+
+
+def _draw_redundancy(axes: "Axes", redundancy: dict[str, Any]) -> None:
+    """Bars of LR, with one standard error where it was measured."""
+    errors = None
+    if redundancy["cosine"] is not None and redundancy["stderr"] is not None:
+        spread = max(redundancy["cosine"]) - min(redundancy["cosine"])
+        errors = [error / spread for error in redundancy["stderr"]]
+    values = redundancy["normalised"]
+    axes.bar(range(len(values)), values, color=SKY, yerr=errors, ecolor=GREY, capsize=2)
+    axes.set_ylabel("layer redundancy LR")
+
+
 def redundancy_figure(results: Results) -> "Figure":
     """LR by layer above, widths of constant slicing and of the best dynamic point below.
 
@@ -165,12 +192,7 @@ def redundancy_figure(results: Results) -> "Figure":
     figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
 
-    errors = None
-    if redundancy["cosine"] is not None and redundancy["stderr"] is not None:
-        spread = max(redundancy["cosine"]) - min(redundancy["cosine"])
-        errors = [error / spread for error in redundancy["stderr"]]
-    top.bar(range(layers), redundancy["normalised"], color=SKY, yerr=errors, ecolor=GREY, capsize=2)
-    top.set_ylabel("layer redundancy LR")
+    _draw_redundancy(top, redundancy)
     top.set_title(textwrap.fill(run_label(results), 72), fontsize=10)
 
     edges = [layer - 0.5 for layer in range(layers + 1)]

@@ -4,6 +4,7 @@ Forward hooks on the decoder layers see the stream before the final norm, which 
 model is not.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,25 @@ class LayerRedundancy:
     cosine: torch.Tensor
     stderr: torch.Tensor
     normalised: torch.Tensor
+
+    def line(self) -> str:
+        """LR in four decimals with spaces between: what --vector-cut takes."""
+        return " ".join(f"{value:.4f}" for value in self.normalised.tolist())
+
+    def table(self) -> str:
+        """A line a layer: mean cosine, its standard error, LR."""
+        rows = zip(self.cosine.tolist(), self.stderr.tolist(), self.normalised.tolist(), strict=True)
+        lines = [f"{i:5d}  {cosine:11.6f}  {error:9.6f}  {lr:.4f}" for i, (cosine, error, lr) in enumerate(rows)]
+        return "\n".join(["layer  mean cosine  std error      LR", *lines])
+
+    def as_dict(self) -> dict[str, list[float] | None]:
+        """The three vectors for JSON; no standard error (of a single window) is None."""
+        stderr = self.stderr.tolist()
+        return {
+            "normalised": self.normalised.tolist(),
+            "cosine": self.cosine.tolist(),
+            "stderr": None if math.isnan(stderr[0]) else stderr,
+        }
 
 
 @torch.inference_mode()

@@ -45,6 +45,7 @@ __all__ = [
     "plot_sweep",
     "read_results",
     "write_csv",
+    "write_files",
 ]
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
@@ -248,14 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(line if len(runs) == 1 else f"{run_label(run)}: {line}")
         first = Path(options.folders[0])
         folder = Path(options.output) if options.output else first if len(runs) == 1 else first.resolve().parent
-        _write_files(runs, folder)
+        write_files(runs, folder)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _write_files(runs: Sequence[Results], folder: Path) -> None:
+def write_files(runs: Sequence[Results], folder: Path) -> None:
+    """Write results.csv, sweep.png and, for a single run with layer redundancy, redundancy.png."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_csv(runs, folder / "results.csv")

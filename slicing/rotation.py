@@ -23,6 +23,7 @@ from .modeling import (
     SlicedForCausalLM,
     SlicedLayer,
     attention_branch,
+    count_parameters,
     find_block,
     input_axis,
     is_parallel,
@@ -299,7 +300,7 @@ class _Slicer:
         self.dtype: torch.dtype = next(self.layers.parameters()).dtype
         self.device = torch.device(device or next(self.layers.parameters()).device)
         self.work_device = torch.device("cpu") if self.device.type == "mps" else self.device  # no fp64 on mps
-        self.sliced = _skeleton(model, self.family, list(widths), rotations)
+        self.sliced = _skeleton(model, self.family, widths, rotations)
 
     def slice(self, bases: Iterator[tuple[Basis, Basis]], progress: bool) -> SlicedForCausalLM:
         """Fill in each layer as soon as the basis of the next one is known."""
@@ -399,23 +400,34 @@ def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch
     return iter([(dense, sliced)] if dense.ndim == 2 else zip(dense, sliced, strict=True))
 
 
-def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
-    """A sliced model that shares the dense one's parameters, with empty weights where slicing changes them."""
+def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int) -> int:
+    """How many parameters the model has once it is sliced to these widths; nothing is calibrated or allocated."""
+    with torch.device("meta"):
+        return count_parameters(SlicedForCausalLM(_sliced_config(model, find_family(model.config), widths, rotations)))
+
+
+def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:
     text_config = copy.deepcopy(model.config)
     text_config.tie_word_embeddings = _is_tied(model)
     first = part(model, family.layers)[0]
     config = SlicedConfig(
         text_config=text_config,
-        widths=widths,
+        widths=list(widths),
         rotations=rotations,
         gained_biases=_gained_biases(first, find_block(first, family)),
         dtype=next(model.parameters()).dtype,
     )
     for choice in ("_attn_implementation", "_experts_implementation"):  # a new outer config resets them
         setattr(text_config, choice, getattr(model.config, choice))
+    return config
+
+
+def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
+    """A sliced model that shares the dense one's parameters, with empty weights where slicing changes them."""
+    config = _sliced_config(model, family, widths, rotations)
     with torch.device("meta"):
         sliced = SlicedForCausalLM(config)
-    sliced.model = _sharing_copy(model, text_config)
+    sliced.model = _sharing_copy(model, config.text_config)
     slice_modules(sliced.model, config)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.eval()

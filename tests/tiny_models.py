@@ -1,4 +1,5 @@
-"""Tiny random models of every family that can be sliced, with what makes slicing hard: norm weights, biases, means."""
+"""Tiny random models of every family that can be sliced, with what makes slicing hard: random norm weights and biases,
+means that are not 0, grouped queries, tied and untied tables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,132 +7,157 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from slicing.families import FAMILIES
+from slicing.families import FAMILIES, Family
 from slicing.modeling import find_block, input_axis, matrix, part
 
-HIDDEN, LAYERS, VOCAB = 48, 3, 96
-_LLAMA = {
+HIDDEN, LAYERS, HEADS, GROUPS, INNER, VOCAB = 48, 3, 4, 2, 64, 96
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_SIZES = _TOKENS | {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
+    "num_attention_heads": HEADS,
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
 }
-_MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
-_GPT = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB}
-_FALCON = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "intermediate_size")}
+_PLAIN = _SIZES | {"intermediate_size": INNER}
+_LLAMA = _PLAIN | {"num_key_value_heads": GROUPS}
+_GPT = _TOKENS | {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB}
+_MOE = _LLAMA | {
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],  # a layer without experts between two with them
+}
+_MULTIPLIERS = {
+    "residual_multiplier": 0.4,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+_STABLELM = _LLAMA | {"partial_rotary_factor": 0.5}
 
-# case -> (model_type, config); a family has a case a layout
+# case -> (model_type, config); a family has a case for each of its layouts
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", _LLAMA | {"sliding_window": 8}),
     "qwen2": ("qwen2", _LLAMA),
     "qwen3": ("qwen3", _LLAMA | {"head_dim": 16}),
-    "phi3": ("phi3", _LLAMA | {"pad_token_id": 0}),
+    "phi3": ("phi3", _LLAMA),
     "gemma": ("gemma", _LLAMA | {"head_dim": 16}),
-    "granite": (
-        "granite",
-        _LLAMA
-        | {
-            "residual_multiplier": 0.4,
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.3,
-            "logits_scaling": 2.5,
-        },
-    ),
-    "smollm3": ("smollm3", _LLAMA | {"no_rope_layer_interval": 2, "pad_token_id": 0}),
-    "opt": (
-        "opt",
-        {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "intermediate_size")}
-        | {"ffn_dim": 64, "word_embed_proj_dim": HIDDEN},
-    ),
+    "granite": ("granite", _LLAMA | _MULTIPLIERS),
+    "smollm3": ("smollm3", _LLAMA | {"no_rope_layer_interval": 2}),
+    "opt": ("opt", _SIZES | {"ffn_dim": INNER, "word_embed_proj_dim": HIDDEN}),
     "gpt2": ("gpt2", _GPT),
     "starcoder2": ("starcoder2", _LLAMA | {"use_bias": True, "sliding_window": None}),
-    "stablelm": ("stablelm", _LLAMA | {"use_parallel_residual": False, "partial_rotary_factor": 0.5}),
-    "stablelm-parallel": (
-        "stablelm",
-        _LLAMA | {"use_parallel_residual": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
-    ),
+    "stablelm": ("stablelm", _STABLELM | {"use_parallel_residual": False}),
+    "stablelm-parallel": ("stablelm", _STABLELM | {"use_parallel_residual": True, "use_qkv_bias": True}),
     "olmo": ("olmo", _LLAMA),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}),
-    "gpt_neox-sequential": (
-        "gpt_neox",
-        {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {"use_parallel_residual": False},
-    ),
+    "gpt_neox": ("gpt_neox", _PLAIN),
+    "gpt_neox-sequential": ("gpt_neox", _PLAIN | {"use_parallel_residual": False}),
     "phi": ("phi", _LLAMA),
-    "falcon": ("falcon", _FALCON | {"multi_query": True}),
-    "falcon-sequential": ("falcon", _FALCON | {"parallel_attn": False, "bias": True, "alibi": True}),
-    "falcon-new": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon": ("falcon", _SIZES | {"multi_query": True}),
+    "falcon-sequential": ("falcon", _SIZES | {"parallel_attn": False, "bias": True, "alibi": True}),
+    "falcon-two-norms": ("falcon", _SIZES | {"new_decoder_architecture": True, "num_kv_heads": GROUPS}),
+    "falcon-one-norm": (
+        "falcon",
+        _SIZES | {"new_decoder_architecture": True, "num_kv_heads": GROUPS, "num_ln_in_parallel_attn": 1},
+    ),
     "gptj": ("gptj", _GPT | {"rotary_dim": 4}),
     "cohere": ("cohere", _LLAMA | {"logit_scale": 0.3}),
     "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": ("qwen2_moe", _LLAMA | _MOE | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1]}),
-    "qwen3_moe": ("qwen3_moe", _LLAMA | _MOE | {"head_dim": 16, "mlp_only_layers": [1]}),
+    "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", _MOE | {"head_dim": 16}),
 }
+
+# The largest relative error of logits that rounding explains, by dtype; Transformers computes some things in fp32
+# whatever the model's dtype is: every RMSNorm, and the norms or the attention of the families named here.
+TOLERANCE = {
+    "fp64": 1e-9,
+    "fp64, parts in fp32": 1e-5,
+    "fp32": 1e-4,
+    "fp32 bases": 1e-5,
+    "batches": 1e-4,
+    "bf16": 5e-2,
+}
+_PARTS_IN_FP32 = ("olmo", "cohere", "gptj")
+
+
+def tolerance(case: str, dtype: torch.dtype = torch.float64) -> float:
+    """The bound on the relative error of a case's logits."""
+    if dtype == torch.bfloat16:
+        return TOLERANCE["bf16"]
+    if dtype == torch.float32:
+        return TOLERANCE["fp32"]
+    exact = layer_norm(case) and CASES[case][0] not in _PARTS_IN_FP32
+    return TOLERANCE["fp64" if exact else "fp64, parts in fp32"]
+
+
+def family_of(case: str) -> Family:
+    """The row of a case's family."""
+    return FAMILIES[CASES[case][0]]
 
 
 def layer_norm(case: str) -> bool:
     """Whether the case's family has LayerNorm."""
-    return FAMILIES[CASES[case][0]].layer_norm
+    return family_of(case).layer_norm
 
 
 def random_model(
-    case: str, *, tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0
+    case: str, *, tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A model whose every parameter is random: norm weights about 1 (Gemma's about 0), biases, means that are not 0."""
-    model_type, settings = CASES[case]
+    """A model in evaluation mode whose every parameter is random and has a mean that is not 0; norm weights are about 1
+    (Gemma's, to which it adds 1, about 0). `settings` go into the config."""
+    model_type, defaults = CASES[case]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **settings, tie_word_embeddings=tied)
-    experts = {"experts_implementation": "eager"} if "moe" in model_type or model_type == "mixtral" else {}
-    model = AutoModelForCausalLM.from_config(config, **experts).to(torch.float64).eval()
-    offset = 1.0 - FAMILIES[model_type].norm_offset
+    config = AutoConfig.for_model(model_type, **(defaults | {"tie_word_embeddings": tied} | settings))
+    # grouped products of experts know neither fp64 nor odd widths
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    family = FAMILIES[model_type]
+    tables = {id(part(model, path).weight) for path in family.tables}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            parameter.data = parameter.data.double()
+            if id(parameter) in tables:
+                parameter.normal_(0.2, 1.0)
+            elif parameter.ndim > 1:
                 parameter.normal_(0.02, 0.7 / parameter.shape[-1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0.1, 0.2)
             else:
-                parameter.normal_(offset, 0.3)
-    for table in FAMILIES[model_type].tables:
-        weight = part(model, table).weight
-        weight.data.normal_(0.2, 1.0)
-    for name, buffer in model.named_buffers():  # as from_pretrained does: rotary frequencies stay fp32
-        if "inv_freq" in name:
-            buffer.data = buffer.data.float()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+                parameter.normal_(1.0 - family.norm_offset, 0.3)
+            parameter.data = parameter.data.to(dtype)  # not model.to(dtype): rotary frequencies stay fp32
     model.config.dtype = dtype
     return model
 
 
 def live_in(model: PreTrainedModel, subspace: torch.Tensor) -> None:
-    """Make the residual stream live in a subspace (D, r): project all that writes to it."""
+    """Make the residual stream live in a subspace (D, r): project everything that writes to it, in place."""
     family = FAMILIES[model.config.model_type]
     projection = subspace @ subspace.T  # (D, D)
 
-    def project(weight: torch.Tensor, axis: int) -> None:
-        wide = weight.data.double()
-        weight.data = (projection @ wide if axis == -2 else wide @ projection).to(weight.dtype)
+    def project(parameter: torch.Tensor, axis: int) -> None:
+        wide = parameter.data.double()
+        parameter.data = (projection @ wide if axis == -2 else wide @ projection).to(parameter.dtype)
 
-    seen: set[int] = set()
     for path in family.tables:
-        weight = part(model, path).weight
-        project(weight, -1)
-        seen.add(id(weight))
+        project(part(model, path).weight, -1)
     for layer in part(model, family.layers):
         block = find_block(layer, family)
         for path in (block.attention_out, *block.mlp_out):
             owner, name = matrix(layer, path)
-            project(getattr(owner, name), -3 - input_axis(owner))
+            project(getattr(owner, name), output_axis(owner))
             if getattr(owner, "bias", None) is not None:
                 project(owner.bias, -1)
 
 
+def output_axis(owner: torch.nn.Module) -> int:
+    """The axis of a matrix that runs over its outputs."""
+    return -3 - input_axis(owner)
+
+
 def subspace(rank: int, *, centred: bool, seed: int = 1) -> torch.Tensor:
-    """A random basis (D, rank), fp64; orthogonal to the ones vector where centred."""
+    """A random orthonormal basis (D, rank), fp64; orthogonal to the ones vector where centred."""
     directions = torch.randn(HIDDEN, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if centred:
         directions -= directions.mean(0)
@@ -146,4 +172,11 @@ def windows(count: int = 6, length: int = 16, seed: int = 2) -> torch.Tensor:
 def logits(model: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
     """The logits (B, S, V) of a model, without a cache."""
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|found - wanted| / |wanted|, Frobenius, in fp64."""
+    difference = found.double() - wanted.double()
+    return (difference.norm() / wanted.double().norm()).item()

@@ -1,0 +1,123 @@
+"""Measure the layer redundancy (LR) of a decoder LLM and print it as one line, to paste into --vector-cut.
+
+python calculate_LR.py demo --samples 16
+python calculate_LR.py mistralai/Mistral-7B-v0.1 --device cuda --output mistral.json --plot mistral.png
+"""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slicing import InputError
+from slicing.options import Parser, at_least, check_positions
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of this script, a field a flag."""
+
+    model: str
+    dataset: str
+    split: str = "validation"
+    text_column: str | None = None
+    samples: int = 256
+    max_seq_len: int = 1024
+    stride: int = 1024
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 42
+    revision: str | None = None
+    trust_remote_code: bool = False
+    output: str | None = None
+    plot: str | None = None
+    quiet: bool = False
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    """The options on the command line."""
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", help="hub name, local folder, .gguf file, or demo")
+    add(
+        "--dataset",
+        help="wikitext2, ptb, c4, alpaca, pg19, demo, or a text file (default: pg19; demo for the demo model)",
+    )
+    add("--split", default="validation", help="part of the data set (default: validation)")
+    add("--text-column", help="field of a .jsonl or .parquet file that holds the text (default: text)")
+    add("--samples", type=int, default=256, help="windows (default: 256)")
+    add("--max-seq-len", type=int, default=1024, help="tokens a window (default: 1024)")
+    add("--stride", type=int, default=1024, help="tokens between the starts of two windows (default: 1024; paper: 256)")
+    add("--batch-size", type=int, help="windows run at once (default: as many as the device holds)")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: auto, the best there is)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, the checkpoint's)")
+    add("--seed", type=int, default=42, help="of the choice of windows (default: 42)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--trust-remote-code", action="store_true", help="run model code from the hub")
+    add("--output", metavar="FILE.json", help="write the vector, cosines and settings; --vector-cut takes this file")
+    add("--plot", metavar="FILE.png", help="draw LR and cosine by layer")
+    add("--quiet", action="store_true", help="no progress bars")
+    given = vars(parser.parse_args(argv))
+    given["dataset"] = given["dataset"] or ("demo" if given["model"] == "demo" else "pg19")
+    return Options(**given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    options = parse(argv)
+    try:
+        measure(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(options: Options) -> None:
+    """Check, load, measure, print, write."""
+    for name in ("samples", "max_seq_len", "stride", "batch_size"):
+        at_least(1, name, getattr(options, name))
+    for file in (options.output, options.plot):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise InputError(f"the folder of {file} is not there: make it first")
+
+    from slicing.loading import load_config, load_model, resolve_device, resolve_dtype
+    from slicing.text import check_source, token_windows
+
+    resolve_device(options.device)
+    resolve_dtype(options.dtype)
+    check_source(options.dataset, options.split, options.text_column)
+    where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    check_positions(load_config(options.model, **where), "--max-seq-len", options.max_seq_len)
+    model, tokenizer = load_model(options.model, device=options.device, dtype=options.dtype, **where)
+    windows = token_windows(
+        options.dataset,
+        tokenizer,
+        split=options.split,
+        length=options.max_seq_len,
+        count=options.samples,
+        stride=options.stride,
+        seed=options.seed,
+        text_column=options.text_column,
+    )
+
+    from slicing.provenance import text_entry
+    from slicing.redundancy import layer_redundancy
+    from slicing.store import write_json
+
+    redundancy = layer_redundancy(model, windows, batch_size=options.batch_size, progress=not options.quiet)
+    print(redundancy.table(), file=sys.stderr)
+    print(redundancy.line())
+    if options.output:
+        data = text_entry(options.dataset, options.split, windows)
+        write_json(Path(options.output), redundancy.as_dict() | {"arguments": asdict(options), "data": data})
+    if options.plot:
+        from slicing.plots import plot_layer_redundancy
+
+        plot_layer_redundancy(redundancy.as_dict(), options.model, Path(options.plot))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The options of an experiment, and the checks that need no model: what is wrong is said before anything is loaded."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .families import InputError, find_family
+from .schedule import check_vector, final_slices, normalise, slice_widths, sweep_amounts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .evaluation import TaskSet
+
+REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr, as all others are; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of mean_cut_accuracy_experiments.py, a field a flag; written as they are into results.json."""
+
+    model: str
+    mean: float
+    vector_cut: tuple[str, ...] | None = None  # LR of each layer, or one JSON file; None: measured
+    source_for_vector: str = "wikitext2"
+    dataset: str = "wikitext2"
+    text_column: str | None = None
+    cuda_device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    step: float = 0.02
+    round_interval: int = 8
+    rotations: int = 2
+    calibration: str = "every-point"
+    calibration_samples: int = 128
+    calibration_length: int = 2048
+    perplexity_split: str = "test"
+    perplexity_length: int = 2048
+    tasks: tuple[str, ...] = ()
+    accuracy_limit: int | None = None
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    compare: str = "none"
+    find_base: bool = False
+    offload: bool = False
+    batch_size: int | None = None
+    seed: int = 42
+    save_model: str = "none"
+    output_dir: str = "results"
+    fresh: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A point to be measured: `base` None is the dense model, else SB, with FS and widths (L)."""
+
+    kind: str
+    mean: float | None = None
+    base: float | None = None
+    slices: list[float] | None = None
+    widths: list[int] | None = None
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Options found good, with what the checks had to read.
+
+    vector: LR (L), None where it is to be measured; source: what its JSON file says of it besides.
+    """
+
+    options: Options
+    config: "PretrainedConfig"
+    vector: list[float] | None
+    source: dict[str, Any] | None
+    tasks: "TaskSet | None"
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.config.hidden_size)
+
+    def target(
+        self, mean: float, base: float, vector: list[float], *, kind: str = "sweep", calibration: str | None = None
+    ) -> Target:
+        """The point with these SP and SB."""
+        multiple = self.options.round_interval
+        slices = final_slices(vector, mean=mean, base=base, limit=1 - multiple / self.hidden_size)
+        widths = slice_widths(slices, self.hidden_size, multiple=multiple)
+        return Target(kind, mean, base, slices, widths, calibration or self.options.calibration)
+
+    def targets(self, vector: list[float] | None) -> list[Target]:
+        """The dense model, constant slicing, and the further amounts up to the mean."""
+        mean = self.options.mean
+        if mean == 0 or vector is None:
+            return [Target("dense")]
+        amounts = sweep_amounts(mean, self.options.step)
+        return [Target("dense"), *(self.target(mean, max(0.0, mean - amount), vector) for amount in amounts)]
+
+
+def check(options: Options) -> Checked:
+    """Raise InputError for whatever is wrong with the options, as far as it shows without loading the model."""
+    for name in ("calibration_samples", "calibration_length", "round_interval", "accuracy_limit", "batch_size"):
+        at_least(1, name, getattr(options, name))
+    at_least(2, "perplexity_length", options.perplexity_length)
+    at_least(0, "num_fewshot", options.num_fewshot)
+    sweep_amounts(options.mean, options.step)
+    vector, source = (None, None) if options.vector_cut is None else read_vector(options.vector_cut)
+    if vector is not None:
+        check_vector(vector)
+    if options.find_base and options.mean == 0:
+        raise InputError("--find-base needs a mean above 0: there is no slice base to look for at 0")
+
+    from .evaluation import resolve_tasks
+    from .loading import load_config, resolve_device, resolve_dtype
+    from .text import check_source
+
+    resolve_device(options.cuda_device)
+    resolve_dtype(options.dtype)
+    check_source(options.dataset, options.perplexity_split, options.text_column)
+    if options.mean > 0:
+        check_source(options.dataset, "train", options.text_column)
+        if vector is None:
+            check_source(options.source_for_vector, REDUNDANCY_SPLIT, options.text_column)
+        if options.find_base:
+            check_source(options.dataset, "validation", options.text_column)
+    config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    check_positions(config, "--perplexity-length", options.perplexity_length)
+    if options.mean > 0:
+        find_family(config)
+        check_positions(config, "--calibration-length", options.calibration_length)
+        if vector is not None:
+            check_vector(vector, config.num_hidden_layers)
+            vector = stretched(vector)
+        slice_widths([options.mean], config.hidden_size, multiple=options.round_interval)
+        Checked(options, config, vector, source, None).targets(vector)
+    tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
+    return Checked(options, config, vector, source, tasks)
+
+
+def at_least(limit: int, name: str, value: int | None) -> None:
+    """InputError where a number is below its limit."""
+    if value is not None and value < limit:
+        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
+
+
+def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
+    """InputError where windows are longer than the positions that a model was made for."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(f"{flag} is {length}, the model has {positions} positions: choose {positions} or less")
+
+
+def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | None]:
+    """LR from the command line: a number a layer, or one JSON file that calculate_LR.py --output wrote."""
+    if len(given) == 1 and given[0].endswith(".json"):
+        try:
+            content = json.loads(Path(given[0]).read_text(encoding="utf-8"))
+            return [float(value) for value in content["normalised"]], content
+        except OSError as error:
+            raise InputError(f"can't read {given[0]} ({error.strerror}): give the file of --output") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{given[0]} holds no LR vector: give the file that --output wrote") from error
+    try:
+        return [float(value) for value in given], None
+    except ValueError as error:
+        raise InputError(f"--vector-cut takes numbers or one .json file: {error}") from error
+
+
+def stretched(vector: list[float]) -> list[float]:
+    """The vector with ends 0 and 1; a note on stderr where that changed it."""
+    if min(vector) == 0 and max(vector) == 1:
+        return vector
+    print(f"note: the vector goes from {min(vector):g} to {max(vector):g}; normalised to [0, 1]", file=sys.stderr)
+    return normalise(vector)

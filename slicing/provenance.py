@@ -1,0 +1,64 @@
+"""What a run's numbers depend on besides its options: the model's files, the text, versions, the card."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .options import Options
+
+
+def text_entry(source: str, split: str, windows: torch.Tensor) -> dict[str, Any]:
+    """What results.json says of token windows (N, S)."""
+    count, length = windows.shape
+    return {"source": source, "split": split, "windows": count, "length": length, "tokens": windows.numel()}
+
+
+def versions(options: Options) -> dict[str, str | None]:
+    """Of Python and the libraries that make the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "lm_eval": version("lm_eval") if options.tasks else None,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or cpu or mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def git_commit() -> str | None:
+    """The commit of this repository, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def model_commit(options: Options) -> str | None:
+    """The commit of a hub model, as the cache names it; None for files of one's own."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(options.model).exists() or options.model == "demo":
+        return None
+    path = try_to_load_from_cache(options.model, "config.json", revision=options.revision or "main")
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def model_files(name: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local model's files: another model in the same place is another model."""
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def command_line() -> str:
+    """The command that this process was started with."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,170 @@
+"""Tokens a second of sliced models against the dense one: prefill, and decoding with a KV cache.
+
+    PYTHONPATH=. python tests/benchmarks/sliced_model_speed.py --shape 7b --json speed.json
+    PYTHONPATH=. python tests/benchmarks/sliced_model_speed.py --shape 7b --round-intervals 1 64 --cuts 0.3
+
+Whole models with random weights. Prefill is a plain forward: the head on the last token only, no cache written.
+Decoding is greedy, one token a step with its head, in a static cache whose whole length every step attends to; on CUDA
+a step is a CUDA graph, unless --eager is given. Dense and sliced take turns; a ratio is that of the two medians.
+"""
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import ModelOptions, option, parse, random_model, random_sliced_model, random_windows, widths_of
+from timing import Table, machine, plain_forward, print_heading, timed
+from transformers import PreTrainedModel, StaticCache
+
+from slicing.families import InputError
+from slicing.modeling import count_parameters
+from slicing.store import write_json
+
+VECTORS = ("constant", "published")
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    """The options of this benchmark."""
+
+    cuts: Sequence[float] = option((0.2, 0.3, 0.4), "mean cuts, SP", type=float, nargs="+")
+    vectors: Sequence[str] = option(
+        VECTORS, "constant widths, and those of the published vector at SB 0", type=str, nargs="+", choices=VECTORS
+    )
+    round_intervals: Sequence[int] = option((8,), "widths are multiples of these", type=int, nargs="+")
+    rotations: Sequence[int] = option((2, 1), "bases a layer", type=int, nargs="+", choices=(1, 2))
+    prefill: Sequence[int] = option((8, 2048), "windows at once", type=int, nargs=2, metavar=("WINDOWS", "LENGTH"))
+    decode_batches: Sequence[int] = option((1, 16), "sequences decoded at once", type=int, nargs="+")
+    decode_steps: int = option(16, "tokens decoded in a turn")
+    cache_length: int = option(512, "length of the static cache")
+    eager: bool = option(False, "decode without CUDA graphs", action="store_true")
+    repeats: int = option(5, "turns of dense and sliced")
+
+    def __post_init__(self) -> None:
+        needed = max(self.decode_steps, WARM_UP_STEPS)
+        if self.cache_length < needed:
+            raise InputError(f"--cache-length is {self.cache_length}, the decoded tokens need {needed}: raise it")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: `rewind` goes before each turn and is not timed."""
+
+    tokens: int  # of a turn
+    run: Callable[[], object]
+    rewind: Callable[[], object] = lambda: None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each combination of the options; a row goes to stdout as it is known, all figures to the JSON file."""
+    options = parse(Options, __doc__, argv)
+    model = random_model(options)
+    where = machine(options.torch_device)
+    print_heading(model, options.shape, where)
+    graphs = model.device.type == "cuda" and not options.eager
+    how = "CUDA graphs" if graphs else "eager"
+    print(
+        f"tokens/s; prefill {options.prefill[0]} x {options.prefill[1]}; decoding: {how}, cache {options.cache_length}"
+    )
+    names = ["prefill", *(f"decode {batch}" for batch in options.decode_batches)]
+    results: dict[str, Any] = {"options": asdict(options), "machine": where, "decoding": how, "models": []}
+    table = Table(
+        "cut, widths, multiple, bases", "parameters", *(part for name in names for part in (name, "x")), width=30
+    )
+    dense_parameters = count_parameters(model)
+    dense = dict(zip(names, _works(model, options, graphs), strict=True))
+    for cut, vector, multiple, rotations in product(
+        options.cuts, options.vectors, options.round_intervals, options.rotations
+    ):
+        widths = widths_of(model.config, cut, cut if vector == "constant" else 0.0, multiple)
+        sliced_model = random_sliced_model(model, widths, rotations)
+        sliced = dict(zip(names, _works(sliced_model, options, graphs), strict=True))
+        kept = count_parameters(sliced_model) / dense_parameters
+        speeds = {name: _take_turns(model.device, dense[name], sliced[name], options.repeats) for name in names}
+        results["models"].append(
+            {
+                "cut": cut,
+                "vector": vector,
+                "round_interval": multiple,
+                "rotations": rotations,
+                "widths": widths,
+                "parameters_kept": kept,
+                "tokens_per_second": speeds,
+            }
+        )
+        cells: list[str] = []
+        for speed in speeds.values():
+            cells += [f"{speed['sliced']:.0f}", f"{speed['ratio']:.3f}"]
+        table.row(f"{cut:g}, {vector}, {multiple}, {rotations}", f"{kept:.3f}", *cells)
+        del sliced_model, sliced
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    cells = []
+    for name in names:
+        cells += [f"{statistics.median(m['tokens_per_second'][name]['dense'] for m in results['models']):.0f}", "1"]
+    table.row("dense, median of the rows", "1", *cells)
+    if options.json:
+        write_json(Path(options.json), results)
+
+
+def _take_turns(device: torch.device, dense: Work, sliced: Work, repeats: int) -> dict[str, Any]:
+    """Tokens a second of both from the medians, their ratio, and the seconds of each turn."""
+    seconds: dict[str, list[float]] = {"dense": [], "sliced": []}
+    for _ in range(repeats):
+        for name, work in (("dense", dense), ("sliced", sliced)):
+            work.rewind()
+            seconds[name].append(timed(device, work.run)[0])
+    speed = {name: dense.tokens / statistics.median(turns) for name, turns in seconds.items()}
+    return {**speed, "ratio": speed["sliced"] / speed["dense"], "seconds": seconds}
+
+
+def _works(model: PreTrainedModel, options: Options, graphs: bool) -> list[Work]:
+    """Prefill and decoding at each batch size of one model, warm."""
+    windows = random_windows(model.config.get_text_config(), *options.prefill, options.seed).to(model.device)
+    prefill = Work(windows.numel(), lambda: plain_forward(model, windows, len(windows)))
+    for _ in range(2):
+        prefill.run()
+    return [prefill, *(_decoding(model, batch, options, graphs) for batch in options.decode_batches)]
+
+
+@torch.inference_mode()
+def _decoding(model: PreTrainedModel, batch: int, options: Options, graphs: bool) -> Work:
+    """Greedy decoding of `batch` sequences from an empty static cache; each step reads the token of the last one."""
+    cache = StaticCache(config=model.config, max_cache_len=options.cache_length)
+    # its name differs between Transformers releases
+    name = "cache" if "cache" in signature(type(model.get_decoder()).forward).parameters else "past_key_values"
+    token = random_windows(model.config.get_text_config(), batch, 1, options.seed).to(model.device)  # (B, 1)
+
+    @torch.inference_mode()
+    def step() -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=token, use_cache=True, **{name: cache}).logits  # (B, 1, V)
+        token.copy_(logits.argmax(-1))
+        return logits
+
+    @torch.inference_mode()
+    def rewind() -> None:
+        cache.reset()
+
+    for _ in range(WARM_UP_STEPS):  # the first one allocates the cache, which a graph must find in its place
+        logits = step()
+    if not bool(logits.isfinite().all()):
+        raise InputError(f"the logits are not finite in {model.dtype}: use --dtype bfloat16")
+    run: Callable[[], object] = step
+    if graphs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    return Work(batch * options.decode_steps, lambda: [run() for _ in range(options.decode_steps)], rewind)
+
+
+if __name__ == "__main__":
+    main()
