@@ -40,6 +40,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--calibration-length", type=int, default=2048, help="tokens a calibration window (default: 2048)")
     add("--perplexity-split", default="test", help="part of the data set for perplexity (default: test)")
     add("--perplexity-length", type=int, default=2048, help="tokens a perplexity window (default: 2048)")
+    add("--perplexity-samples", type=int, help="the first so many windows only (default: all)")
     add("--tasks", nargs="+", default=(), metavar="TASK", help="lm-eval tasks (default: none, perplexity only)")
     add("--accuracy-limit", type=int, help="first so many documents of each task (default: all)")
     add("--include-path", metavar="FOLDER", help="folder of lm-eval task files")
@@ -98,7 +99,7 @@ def sweep(options: Options) -> None:
     tasks = checked.tasks.names if checked.tasks else []
 
     def print_row(point: dict, results: dict) -> None:
-        if len(results["points"]) == 1:
+        if point["kind"] == "dense":
             print(header(results, tasks=tasks))
         print(format_row(point, results, tasks=tasks), flush=True)
 

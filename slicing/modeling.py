@@ -3,7 +3,8 @@
 A saved folder carries copies of this file and of `families.py`, so it imports nothing else of this project.
 """
 
-from functools import cache
+import os
+from functools import cache, reduce, wraps
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -66,6 +67,7 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     embedding_projection: nn.Linear | None
     attn_shortcut: nn.Linear | None
     mlp_shortcut: nn.Linear | None
+    dense: ClassVar[Any]  # the family's layer class
 
     def __init__(self, layer: nn.Module, family: Family, config: SlicedConfig, index: int, projected: bool) -> None:
         nn.Module.__init__(self)  # not the dense layer's, which `sliced_layer_class` puts behind this class
@@ -114,6 +116,9 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(self._empty(outputs, inputs))
         return linear
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return empty_layer, (self.dense,), self.__dict__  # no module has this class under its name
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, d_i) -> (B, S, d_{i+1}); all further arguments go to the attention module untouched."""
@@ -168,7 +173,6 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
@@ -179,31 +183,14 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
-            use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own generation, with this model's `generation_config`."""
-        self.model.generation_config = self.generation_config
-        return self.model.generate(*args, **kwargs)
-
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() goes by the signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own."""
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
-
-    def get_decoder(self) -> nn.Module:
-        """The family's body: token ids to the states behind the final norm."""
-        return self.model.get_decoder()  # type: ignore[no-any-return]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token table: (V, D) where it is tied to the head, else (V, d_0)."""
-        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table."""
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head (V, D), which reads the original basis."""
@@ -212,6 +199,11 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.model.set_output_embeddings(new_embeddings)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the tensors under the names they have here: the names that a family's checkpoints had before Transformers
+        5 (an expert a file entry, `block_sparse_moe`) would also rename the shortcuts."""
+        super().save_pretrained(save_directory, **({"save_original_format": False} | kwargs))
 
 
 def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
@@ -226,22 +218,26 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
             table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.widths[0]))
     layers = part(model, family.layers)
     for index, layer in enumerate(layers):
-        layers[index] = sliced_layer_class(type(layer))(layer, family, config, index, projected)
+        dense: Any = type(layer)
+        layers[index] = sliced_layer_class(dense)(layer, family, config, index, projected)
 
 
 @cache
 def sliced_layer_class(dense: Any) -> type[SlicedLayer]:
     """SlicedLayer as a subclass of the family's layer: Transformers finds the layers whose hidden states it captures by
     that class."""
-    return type("SlicedLayer", (SlicedLayer, dense), {"__module__": __name__})
+    return type("SlicedLayer", (SlicedLayer, dense), {"__module__": __name__, "dense": dense})
+
+
+def empty_layer(dense: Any) -> SlicedLayer:
+    """A SlicedLayer without content, to be filled by `copy` or `pickle`."""
+    layer_class = sliced_layer_class(dense)
+    return layer_class.__new__(layer_class)
 
 
 def part(layer: nn.Module, path: str) -> Any:
     """The module or parameter at a dotted path."""
-    found: Any = layer
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
+    return reduce(getattr, path.split("."), layer)
 
 
 def matrix(layer: nn.Module, path: str) -> tuple[Any, str]:

@@ -13,7 +13,7 @@ from .schedule import check_vector, final_slices, normalise, slice_widths, sweep
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .evaluation import TaskSet
+    from .tasks import TaskSet
 
 REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
 
@@ -48,6 +48,7 @@ class Options:
     calibration_length: int = 2048
     perplexity_split: str = "test"
     perplexity_length: int = 2048
+    perplexity_samples: int | None = None
     tasks: tuple[str, ...] = ()
     accuracy_limit: int | None = None
     include_path: str | None = None
@@ -113,7 +114,14 @@ class Checked:
 
 def check(options: Options) -> Checked:
     """Raise InputError for whatever is wrong with the options, as far as it shows without loading the model."""
-    for name in ("calibration_samples", "calibration_length", "round_interval", "accuracy_limit", "batch_size"):
+    for name in (
+        "calibration_samples",
+        "calibration_length",
+        "perplexity_samples",
+        "round_interval",
+        "accuracy_limit",
+        "batch_size",
+    ):
         at_least(1, name, getattr(options, name))
     at_least(2, "perplexity_length", options.perplexity_length)
     at_least(0, "num_fewshot", options.num_fewshot)
@@ -124,8 +132,8 @@ def check(options: Options) -> Checked:
     if options.find_base and options.mean == 0:
         raise InputError("--find-base needs a mean above 0: there is no slice base to look for at 0")
 
-    from .evaluation import resolve_tasks
     from .loading import load_config, resolve_device, resolve_dtype
+    from .tasks import resolve_tasks
     from .text import check_source
 
     resolve_device(options.cuda_device)

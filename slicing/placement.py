@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-_HEADROOM = 6 * 2**30  # bytes that slicing needs beside model, sliced model and activations
+_HEADROOM = 6 * 2**30  # bytes that slicing needs beside models and activations
+_ROOM = 0.8  # of each GPU's memory for weights, where a model is spread: activations need the rest
 
 
 def model_bytes(model: PreTrainedModel) -> int:
@@ -16,36 +17,50 @@ def model_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still have on a GPU, its own limit (set_per_process_memory_fraction) included."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, limit - torch.cuda.memory_allocated(device))
+
+
 def must_offload(model: PreTrainedModel, device: torch.device, calibration_tokens: int) -> bool:
-    """Whether the model, a sliced copy and the calibration's activations don't fit into a GPU's memory together."""
+    """Whether a model on the CPU, a sliced copy and the calibration's activations don't fit into a GPU together.
+
+    calibration_tokens 0: nothing is sliced, so there is no copy.
+    """
     if device.type != "cuda":
         return False
     width = model.config.get_text_config().hidden_size
     activations: int = calibration_tokens * width * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    return 2 * model_bytes(model) + activations + _HEADROOM > free
+    copies = 2 if calibration_tokens else 1
+    return copies * model_bytes(model) + activations + _HEADROOM > free_bytes(device)
 
 
 @contextmanager
 def on_devices(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """The model where it can run: on the device if it fits, else spread over GPUs and CPU by accelerate; afterwards
     where it was."""
-    from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.hooks import remove_hook_from_submodules
-    from accelerate.utils import get_max_memory
-
     home = next(model.parameters()).device
     if home == device:
         yield model
         return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    if device.type != "cuda" or 1.2 * model_bytes(model) < free:
-        yield model.to(device)
+    fits = device.type != "cuda" or model_bytes(model) < _ROOM * free_bytes(device)
+    try:
+        yield model.to(device) if fits else _spread(model)
+    finally:
+        if not fits:
+            from accelerate.hooks import remove_hook_from_submodules
+
+            remove_hook_from_submodules(model)
         model.to(home)
-        return
-    # room for activations is left on every GPU
-    memory = {place: int(room * 0.8) if place != "cpu" else room for place, room in get_max_memory().items()}
-    layout = infer_auto_device_map(model, memory, no_split_module_classes=list(model._no_split_modules or ()))
-    yield dispatch_model(model, layout)
-    remove_hook_from_submodules(model)
-    model.to(home)
+
+
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    gpus = range(torch.cuda.device_count())
+    memory: dict[int | str, int] = {gpu: int(_ROOM * free_bytes(torch.device("cuda", gpu))) for gpu in gpus}
+    memory["cpu"] = 2 * model_bytes(model)  # it is there already
+    layers = list(model._no_split_modules or ())
+    return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))

@@ -1,6 +1,7 @@
 """What a run's numbers depend on besides its options: the model's files, the text, versions, the card."""
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -46,19 +47,23 @@ def model_commit(options: Options) -> str | None:
     """The commit of a hub model, as the cache names it; None for files of one's own."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(options.model).exists() or options.model == "demo":
+    if Path(options.model).expanduser().exists() or options.model == "demo":
         return None
     path = try_to_load_from_cache(options.model, "config.json", revision=options.revision or "main")
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def model_files(name: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a local model's files: another model in the same place is another model."""
-    path = Path(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+def files(place: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a file or of all files in a folder: another model, or task, in the same place is
+    another one. Nothing for a name that is no place, a hub model's."""
+    if place is None:
+        return []
+    path = Path(place).expanduser()
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    kept = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
 
 
 def command_line() -> str:
     """The command that this process was started with."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

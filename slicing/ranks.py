@@ -1,20 +1,30 @@
 """One process or several: the ranks of torchrun or Slurm's srun share out the points of a sweep."""
 
 import os
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from .families import InputError
 
 T = TypeVar("T")
 _WAIT = timedelta(days=2)  # for the slowest rank's points
+_LOOK = 0.5  # seconds from one look at the others' points to the next
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those of the run: `rank` of `count`, and its index `local` on this machine."""
+    """This process's place among those of the run: `rank` of `count`, and its index `local` on this machine.
+
+    Where another rank has ended early, `from_first` and `wait` raise InputError instead of waiting for it.
+    """
 
     rank: int = 0
     count: int = 1
@@ -25,6 +35,12 @@ class Ranks:
         """Whether this process prints and reports."""
         return self.rank == 0
 
+    def own_device(self, wanted: str) -> str:
+        """The word for this rank's device: `auto` and `cuda` are a card of its own, as far as there are enough."""
+        if self.count == 1 or wanted not in ("auto", "cuda") or not torch.cuda.is_available():
+            return wanted
+        return f"cuda:{self.local % torch.cuda.device_count()}"
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of the items: every count-th."""
         return list(items[self.rank :: self.count])
@@ -34,18 +50,34 @@ class Ranks:
         if self.count == 1:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
+        with _lost_rank():
+            dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
 
-    def wait(self) -> None:
-        """Until every rank has come here."""
-        if self.count > 1:
-            dist.barrier()
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Until every rank has come here; `meanwhile` is called again and again."""
+        if self.count == 1:
+            return
+        with _lost_rank():
+            arrived = dist.barrier(async_op=True)
+        while not arrived.is_completed():  # true, too, where a rank is lost: then wait() raises
+            meanwhile()
+            time.sleep(_LOOK)
+        with _lost_rank():
+            arrived.wait()
 
     def leave(self) -> None:
         """End the process group."""
-        if self.count > 1 and dist.is_initialized():
+        if self.count > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_rank() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, when a connection closes
+        raise InputError("another rank of the run has ended: its own error says why") from error
 
 
 def join_ranks() -> Ranks:
@@ -54,14 +86,27 @@ def join_ranks() -> Ranks:
     The process group is gloo's on any device: ranks exchange a few numbers, never tensors of the model.
     """
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
-        environment.setdefault("MASTER_PORT", "29500")
+    if "RANK" not in environment:
+        environment.update(_slurm_step(environment))
     count = int(environment.get("WORLD_SIZE", "1"))
     if count == 1:
         return Ranks()
     dist.init_process_group("gloo", timeout=_WAIT)
     return Ranks(dist.get_rank(), count, int(environment.get("LOCAL_RANK", "0")))
+
+
+def _slurm_step(environment: Any) -> dict[str, str]:
+    """torchrun's variables for a task that srun started, none elsewhere (in the batch script itself, say)."""
+    count = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if int(count) == 1:
+        return {}
+    # the first of "node[03-06,09],other", where rank 0 is
+    prefix, number = re.findall(r"^([^\[,]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])[0]
+    alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "localhost" if alone else prefix + number),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(15000 + int(environment["SLURM_JOB_ID"]) % 15000)),
+    }

@@ -8,7 +8,7 @@ sees the signals of the sliced layers below it, each layer runs once, and its we
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,22 +22,18 @@ from .modeling import (
     SlicedConfig,
     SlicedForCausalLM,
     SlicedLayer,
-    attention_branch,
     count_parameters,
     find_block,
     input_axis,
     is_parallel,
     matrix,
-    mlp_branch,
     part,
-    returns_tuple,
     slice_modules,
 )
-from .pca import Covariance, leading_eigenvectors
+from .pca import leading_eigenvectors
+from .stream import Stream, attention_step, mlp_step, on_device, parallel_step
 
 _MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
-_BATCH_TOKENS = {"cuda": 16384}
-_CPU_BATCH_TOKENS = 4096
 
 Basis = torch.Tensor | None  # (D, d) fp64 with orthonormal columns; None is the model's own basis, of full width
 
@@ -66,7 +62,7 @@ def rotate_and_slice(
     Raises InputError for a family that can't be sliced and for activations that are not finite.
     """
     slicer = _Slicer(model, widths, rotations, device)
-    stream = _Stream(model, slicer.family, windows, batch_size, slicer.device)
+    stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
     return slicer.slice(_bases(stream, slicer, widths), progress)
 
 
@@ -93,7 +89,7 @@ def dense_bases(
     """One calibration for every width: the bases of the unsliced model's signals. Arguments as in rotate_and_slice."""
     layers = part(model, find_family(model.config).layers)
     slicer = _Slicer(model, [model.config.hidden_size] * len(layers), rotations, device)
-    stream = _Stream(model, slicer.family, windows, batch_size, slicer.device)
+    stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
     found = Bases(rotations)
     for basis, middle in tqdm(_bases(stream, slicer, None), total=len(layers), desc="bases", disable=not progress):
         assert basis is not None
@@ -129,92 +125,7 @@ def slice_with_bases(
     return slicer.slice(chosen(), progress)
 
 
-class _Stream:
-    """The residual stream of all windows, (N, S, D) in the model's basis and dtype, and what each layer is called with.
-
-    Batches run through in place, so this buffer and what one batch needs is all the memory that activations take.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: Family,
-        windows: torch.Tensor,
-        batch_size: int | None,
-        device: torch.device,
-    ) -> None:
-        if windows.ndim != 2 or 0 in windows.shape:
-            raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
-        tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
-        self.batch_size = batch_size or max(1, tokens // windows.shape[1])
-        self.centred = family.layer_norm
-        self.device = device
-        path, _, name = family.layers.rpartition(".")
-        body = _with_recorders(part(model, path), name, device)
-        recorders = getattr(body, name)
-        self.calls: dict[int, list[tuple[Any, Any]]] = {}  # batch size -> (args, kwargs) of every layer
-        self.buffer: torch.Tensor | None = None
-        for start in range(0, len(windows), self.batch_size):
-            batch = windows[start : start + self.batch_size]
-            body(input_ids=batch.to(device), use_cache=False)
-            hidden = recorders[0].hidden  # (B, S, D), after positions, multipliers and dropout
-            if self.buffer is None:
-                self.buffer = hidden.new_empty(len(windows), *hidden.shape[1:])
-            self.buffer[start : start + len(batch)] = hidden
-            self.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
-
-    def run(
-        self,
-        index: int,
-        step: Callable[[torch.Tensor, Any, Any], torch.Tensor],
-        *,
-        measure: bool,
-        keep: bool = True,
-    ) -> Covariance:
-        """Run `step` of layer `index` on every batch; keep what it returns in the buffer, measure its covariance."""
-        assert self.buffer is not None
-        covariance = Covariance(self.buffer.shape[-1], self.device, centred=self.centred)
-        for batch in torch.split(self.buffer, self.batch_size):
-            args, kwargs = self.calls[len(batch)][index]
-            states = step(batch, args, kwargs)
-            if measure:
-                covariance.add(states)
-            if keep and states is not batch:
-                batch.copy_(states)
-        return covariance
-
-
-class _Recorder(nn.Module):
-    """Stands in a decoder layer's place: notes what it is called with and lets the stream through."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-        self.__dict__.update(plain)  # some bodies read attributes of their layers
-        self.returns_tuple = returns_tuple(layer)
-        self.hidden: torch.Tensor | None = None
-        self.call: tuple[Any, Any] = ((), {})
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.hidden, self.call = hidden_states, (args, kwargs)
-        return (hidden_states, None) if self.returns_tuple else hidden_states
-
-
-def _with_recorders(body: nn.Module, name: str, device: torch.device) -> nn.Module:
-    """A copy of a body that shares its modules, with recorders for layers; the body itself is not touched."""
-    recorders = nn.ModuleList(_Recorder(layer) for layer in getattr(body, name))
-    shallow = copy.copy(body)
-    shallow._modules = {**body._modules, name: recorders}
-    return _on(shallow, device)
-
-
-def _on(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module itself if it is there, else a copy of it on the device."""
-    where = next(module.parameters()).device
-    return module if where == device else copy.deepcopy(module).to(device)
-
-
-def _bases(stream: _Stream, slicer: "_Slicer", widths: list[int] | None) -> Iterator[tuple[Basis, Basis]]:
+def _bases(stream: Stream, slicer: "_Slicer", widths: list[int] | None) -> Iterator[tuple[Basis, Basis]]:
     """Run the stream through the layers and give (E_i, M_i) of each, in order; M_i is E_i in a block with one basis.
 
     widths None: nothing is projected, and each basis has all D directions.
@@ -235,14 +146,14 @@ def _bases(stream: _Stream, slicer: "_Slicer", widths: list[int] | None) -> Iter
 
     incoming = stream.run(0, lambda batch, args, kwargs: batch, measure=narrow(0))
     for index in range(last + 1):
-        layer = _on(slicer.layers[index], stream.device)
+        layer = on_device(slicer.layers[index], stream.device)
         block = find_block(layer, slicer.family)
         parallel = is_parallel(layer, block)
         one_basis = parallel or slicer.rotations == 1
         basis: Basis = None
         if narrow(index) and one_basis and not parallel:
             # the unsliced attention gives the middle; in a dense pass that is the step itself
-            middle = stream.run(index, _attention_step(layer, block, None), measure=True, keep=widths is None)
+            middle = stream.run(index, attention_step(layer, block, None), measure=True, keep=widths is None)
             basis = find(incoming.normalised() + _MIDDLE_WEIGHT * middle.normalised(), index)
         elif narrow(index):
             basis = find(incoming.matrix(), index)
@@ -250,42 +161,13 @@ def _bases(stream: _Stream, slicer: "_Slicer", widths: list[int] | None) -> Iter
         measure = narrow(index) and not one_basis
         attention_done = parallel or (one_basis and widths is None)
         if not attention_done and (measure or index < last):
-            middle = stream.run(index, _attention_step(layer, block, projection(basis)), measure=measure)
+            middle = stream.run(index, attention_step(layer, block, projection(basis)), measure=measure)
             if measure:
                 middle_basis = find(middle.matrix(), index)
         yield basis, middle_basis
         if index < last:  # the last layer writes in the model's own basis: its output is not needed
-            step = (_parallel_step if parallel else _mlp_step)(layer, block, projection(middle_basis))
+            step = (parallel_step if parallel else mlp_step)(layer, block, projection(middle_basis))
             incoming = stream.run(index, step, measure=narrow(index + 1))
-
-
-def _attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-        stream = _project(stream, projection)
-        return stream + attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)[0]
-
-    return step
-
-
-def _mlp_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-        stream = _project(stream, projection)
-        return stream + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
-
-    return step
-
-
-def _parallel_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-        stream = _project(stream, projection)
-        attention, _ = attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)
-        return stream + attention + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
-
-    return step
-
-
-def _project(stream: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
-    return stream if projection is None else stream @ projection
 
 
 class _Slicer:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slicing import evaluation
-from slicing.evaluation import evaluate_tasks, perplexity, resolve_tasks, window_nll
+from slicing.evaluation import perplexity, window_nll
 from slicing.families import InputError
+from slicing.tasks import evaluate_tasks, resolve_tasks
 
 TASKS = Path(__file__).parent / "data" / "tiny_tasks"
 VOCABULARY = 67

@@ -17,6 +17,7 @@ from slicing.families import InputError
 from slicing.modeling import SlicedConfig, SlicedForCausalLM
 from slicing.schedule import final_slices, normalise, slice_widths
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 STD = 0.02  # of the random weights: activations stay finite and no covariance has equal eigenvalues
 
 # name -> model_type, config
@@ -92,7 +93,7 @@ class ModelOptions:
 
     shape: str = option("7b", "shape of the model", choices=tuple(SHAPES))
     layers: int | None = option(None, "decoder layers, at least 2 (the shape's own)", type=int)
-    dtype: str = option("auto", "bfloat16, float16 or float32 (bfloat16, on a CPU float32)")
+    dtype: str = option("auto", "of weights and activations (bfloat16, on a CPU float32)", choices=DTYPES)
     device: str = option("auto", "cuda, cuda:1, cpu (cuda where there is one)")
     seed: int = option(42, "of the random weights and tokens")
     json: str | None = option(None, "write all figures to this file", type=str, metavar="FILE")
@@ -108,6 +109,19 @@ class ModelOptions:
         """The dtype of weights and activations."""
         automatic = "float32" if self.torch_device.type == "cpu" else "bfloat16"
         return getattr(torch, automatic if self.dtype == "auto" else self.dtype)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SlicingOptions(ModelOptions):
+    """What the benchmarks that slice with a calibration share."""
+
+    windows: int = option(128, "calibration windows")
+    length: int = option(2048, "tokens a calibration window")
+    mean: float = option(0.3, "mean cut, SP")
+    round_interval: int = option(8, "widths are multiples of this")
+    rotations: int = option(2, "bases a layer", choices=(1, 2))
+    calibration: str = option("every-point", "every-point, or once for a whole sweep", choices=("every-point", "once"))
+    batch_size: int | None = option(None, "windows run at once (what the library chooses)", type=int)
 
 
 def parse(kind: type[Parsed], text: str | None, argv: Sequence[str] | None) -> Parsed:

@@ -70,25 +70,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_heading(model, options.shape, where)
     graphs = model.device.type == "cuda" and not options.eager
     how = "CUDA graphs" if graphs else "eager"
-    print(
-        f"tokens/s; prefill {options.prefill[0]} x {options.prefill[1]}; decoding: {how}, cache {options.cache_length}"
-    )
+    windows, length = options.prefill
+    print(f"tokens/s; prefill {windows} x {length}; decoding: {how}, cache {options.cache_length}")
+    models = _compare(options, model, graphs)
+    if options.json:
+        found = {"options": asdict(options), "machine": where, "decoding": how, "models": models}
+        write_json(Path(options.json), found)
+
+
+def _compare(options: Options, model: PreTrainedModel, graphs: bool) -> list[dict[str, Any]]:
+    """The figures of each sliced model; prints a row for each, and one for the dense model."""
     names = ["prefill", *(f"decode {batch}" for batch in options.decode_batches)]
-    results: dict[str, Any] = {"options": asdict(options), "machine": where, "decoding": how, "models": []}
-    table = Table(
-        "cut, widths, multiple, bases", "parameters", *(part for name in names for part in (name, "x")), width=30
-    )
+    columns = [column for name in names for column in (name, "x")]
+    table = Table("cut, widths, multiple, bases", "parameters", *columns, width=30)
     dense_parameters = count_parameters(model)
-    dense = dict(zip(names, _works(model, options, graphs), strict=True))
+    dense = _works(model, options, graphs)
+    models: list[dict[str, Any]] = []
     for cut, vector, multiple, rotations in product(
         options.cuts, options.vectors, options.round_intervals, options.rotations
     ):
         widths = widths_of(model.config, cut, cut if vector == "constant" else 0.0, multiple)
         sliced_model = random_sliced_model(model, widths, rotations)
-        sliced = dict(zip(names, _works(sliced_model, options, graphs), strict=True))
+        sliced = _works(sliced_model, options, graphs)
         kept = count_parameters(sliced_model) / dense_parameters
-        speeds = {name: _take_turns(model.device, dense[name], sliced[name], options.repeats) for name in names}
-        results["models"].append(
+        speeds = [_take_turns(model.device, *works, options.repeats) for works in zip(dense, sliced, strict=True)]
+        del sliced_model, sliced
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        cells = [cell for speed in speeds for cell in (f"{speed['sliced']:.0f}", f"{speed['ratio']:.3f}")]
+        table.row(f"{cut:g}, {vector}, {multiple}, {rotations}", kept, *cells)
+        models.append(
             {
                 "cut": cut,
                 "vector": vector,
@@ -96,23 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "rotations": rotations,
                 "widths": widths,
                 "parameters_kept": kept,
-                "tokens_per_second": speeds,
+                "tokens_per_second": dict(zip(names, speeds, strict=True)),
             }
         )
-        cells: list[str] = []
-        for speed in speeds.values():
-            cells += [f"{speed['sliced']:.0f}", f"{speed['ratio']:.3f}"]
-        table.row(f"{cut:g}, {vector}, {multiple}, {rotations}", f"{kept:.3f}", *cells)
-        del sliced_model, sliced
-        gc.collect()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-    cells = []
-    for name in names:
-        cells += [f"{statistics.median(m['tokens_per_second'][name]['dense'] for m in results['models']):.0f}", "1"]
-    table.row("dense, median of the rows", "1", *cells)
-    if options.json:
-        write_json(Path(options.json), results)
+    medians = [statistics.median(entry["tokens_per_second"][name]["dense"] for entry in models) for name in names]
+    table.row("dense, median of the rows", "1", *(cell for speed in medians for cell in (f"{speed:.0f}", "1")))
+    return models
 
 
 def _take_turns(device: torch.device, dense: Work, sliced: Work, repeats: int) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def _take_turns(device: torch.device, dense: Work, sliced: Work, repeats: int) -
 
 def _works(model: PreTrainedModel, options: Options, graphs: bool) -> list[Work]:
     """Prefill and decoding at each batch size of one model, warm."""
-    windows = random_windows(model.config.get_text_config(), *options.prefill, options.seed).to(model.device)
+    count, length = options.prefill
+    windows = random_windows(model.config.get_text_config(), count, length, options.seed).to(model.device)
     prefill = Work(windows.numel(), lambda: plain_forward(model, windows, len(windows)))
     for _ in range(2):
         prefill.run()
@@ -141,7 +143,8 @@ def _decoding(model: PreTrainedModel, batch: int, options: Options, graphs: bool
     cache = StaticCache(config=model.config, max_cache_len=options.cache_length)
     # its name differs between Transformers releases
     name = "cache" if "cache" in signature(type(model.get_decoder()).forward).parameters else "past_key_values"
-    token = random_windows(model.config.get_text_config(), batch, 1, options.seed).to(model.device)  # (B, 1)
+    first = random_windows(model.config.get_text_config(), batch, 1, options.seed).to(model.device)  # (B, 1)
+    token = first.clone()
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
@@ -150,8 +153,9 @@ def _decoding(model: PreTrainedModel, batch: int, options: Options, graphs: bool
         return logits
 
     @torch.inference_mode()
-    def rewind() -> None:
+    def rewind() -> None:  # it also keeps alive what a graph reads and writes
         cache.reset()
+        token.copy_(first)
 
     for _ in range(WARM_UP_STEPS):  # the first one allocates the cache, which a graph must find in its place
         logits = step()
@@ -160,7 +164,7 @@ def _decoding(model: PreTrainedModel, batch: int, options: Options, graphs: bool
     run: Callable[[], object] = step
     if graphs:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(model.device), torch.cuda.graph(graph):
             step()
         run = graph.replay
     return Work(batch * options.decode_steps, lambda: [run() for _ in range(options.decode_steps)], rewind)

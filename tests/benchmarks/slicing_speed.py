@@ -9,15 +9,17 @@ LR and perplexity take turns with a plain forward (head on the last token, no ca
 batches; a ratio is that of the two medians. GB are 10^9 bytes.
 """
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import ModelOptions, option, parse, random_model, random_windows, widths_of
+from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, plain_forward, print_heading, timed, timed_parts
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,19 +41,13 @@ REST = "forward, all else"
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(SlicingOptions):
     """The options of this benchmark."""
 
-    windows: int = option(128, "calibration windows; 0 leaves slicing out")
-    length: int = option(2048, "tokens a calibration window")
-    mean: float = option(0.3, "mean cut, SP")
     base: float = option(0.0, "slice base, SB; with the mean itself slicing is constant")
-    round_interval: int = option(8, "widths are multiples of this")
-    rotations: int = option(2, "bases a layer", choices=(1, 2))
-    calibration: str = option("every-point", "every-point, or once for a whole sweep", choices=("every-point", "once"))
-    batch_size: int | None = option(None, "windows run at once (what the library chooses)", type=int)
-    lr: list[int] | None = option(None, "measure LR too", type=int, nargs=2, metavar=("WINDOWS", "LENGTH"))
-    perplexity: list[int] | None = option(None, "and perplexity", type=int, nargs=2, metavar=("WINDOWS", "LENGTH"))
+    skip_slicing: bool = option(False, "measure LR or perplexity only", action="store_true")
+    lr: Sequence[int] | None = option(None, "measure LR too", type=int, nargs=2, metavar=("WINDOWS", "LENGTH"))
+    perplexity: Sequence[int] | None = option(None, "and perplexity", type=int, nargs=2, metavar=("WINDOWS", "LENGTH"))
     repeats: int = option(5, "turns of LR, perplexity and the plain forward")
 
 
@@ -62,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = machine(options.torch_device)
     print_heading(model, options.shape, where)
     results: dict[str, Any] = {"options": asdict(options), "machine": where, "parameters": count_parameters(model)}
-    if options.windows:
+    if not options.skip_slicing:
         results["slicing"] = _measure_slicing(options, model)
     if options.lr or options.perplexity:
         table = Table("against a plain forward", "windows", "length", "batch", "seconds", "plain", "ratio")
@@ -122,11 +118,13 @@ def _measure(
     """Seconds, parts and memory of `run(windows)`, and what its last call returned. buffer: bytes of activations."""
     device = model.device
     run(windows[:WARM_UP])
+    gc.collect()  # what the warm-up left must not count as memory of the run
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds, result = timed(device, lambda: run(windows))
     memory = _memory(model, result, buffer)
     del result
+    gc.collect()
     with timed_parts(device, PARTS) as parts:
         with_waits, result = timed(device, lambda: run(windows))
     parts = {REST: with_waits - sum(parts.values())} | parts
@@ -161,21 +159,21 @@ def _storages(module: nn.Module) -> dict[int, int]:
 
 
 def _measure_against_plain(
-    options: Options, model: PreTrainedModel, table: Table, name: str, run: Callable[..., Any], size: list[int]
+    options: Options, model: PreTrainedModel, table: Table, name: str, run: Callable[..., Any], size: Sequence[int]
 ) -> dict[str, Any]:
     """Medians of `run` and of a plain forward in the batches that `run` chose, taking turns."""
     count, length = size
     windows = random_windows(model.config, count, length, options.seed)
     mine: list[float] = []
     plain: list[float] = []
-    with _observed_batches(model, length) as batches:
+    with _observed_batches(model) as batches:
         run(model, windows[: 4 * WARM_UP], batch_size=options.batch_size)
         plain_forward(model, windows[: 4 * WARM_UP], max(batches))
         for _ in range(options.repeats):
             batches.clear()
             mine.append(timed(model.device, lambda: run(model, windows, batch_size=options.batch_size))[0])
             batch = statistics.mode(batches)
-            plain.append(timed(model.device, lambda batch=batch: plain_forward(model, windows, batch))[0])
+            plain.append(timed(model.device, partial(plain_forward, model, windows, batch))[0])
     ratio = statistics.median(mine) / statistics.median(plain)
     table.row(
         name, str(count), str(length), str(batch), statistics.median(mine), statistics.median(plain), f"{ratio:.3f} x"
@@ -184,14 +182,13 @@ def _measure_against_plain(
 
 
 @contextmanager
-def _observed_batches(model: PreTrainedModel, length: int) -> Iterator[list[int]]:
-    """The numbers of windows that the decoder body is called with while this lasts."""
+def _observed_batches(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The numbers of windows that the decoder body runs on while this lasts."""
     sizes: list[int] = []
 
     def note(body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        rows, tokens = kwargs["input_ids"].shape
-        if tokens == length:  # perplexity also sends its chunks of tokens this way, to run the head alone
-            sizes.append(rows)
+        if "forward" not in vars(body):  # perplexity replaces it while it runs the head alone, on chunks of tokens
+            sizes.append(len(kwargs["input_ids"]))
 
     handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -11,10 +11,11 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shapes import ModelOptions, option, parse, random_model, random_windows, widths_of
+from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, print_heading, timed
 from transformers import PreTrainedModel
 
@@ -26,66 +27,64 @@ from slicing.store import write_json
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(SlicingOptions):
     """The options of this benchmark."""
 
-    windows: int = option(128, "calibration windows")
-    length: int = option(2048, "tokens a calibration window")
+    step: float = option(0.02, "of the amount, SP - SB")
     perplexity_windows: int = option(166, "windows of the perplexity")
     perplexity_length: int = option(2048, "tokens in each")
-    mean: float = option(0.3, "mean cut, SP")
-    step: float = option(0.02, "of the amount, SP - SB")
-    round_interval: int = option(8, "widths are multiples of this")
-    rotations: int = option(2, "bases a layer", choices=(1, 2))
-    calibration: str = option("every-point", "every-point, or once for all", choices=("every-point", "once"))
-    batch_size: int | None = option(None, "windows run at once (what the library chooses)", type=int)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sweep; a row goes to stdout as each point ends, all figures to the JSON file."""
     options = parse(Options, __doc__, argv)
-    device = options.torch_device
-    loading, model = timed(device, lambda: random_model(options))
-    where = machine(device)
+    loading, model = timed(options.torch_device, lambda: random_model(options))
+    where = machine(options.torch_device)
     print_heading(model, options.shape, where)
-    config, dense_parameters = model.config, count_parameters(model)
+    sweep = _sweep(options, model)
+    table = Table(f"{len(sweep['points'])} points", "seconds", width=18)
+    table.row("total", sweep["seconds"])
+    for name, seconds in sweep["parts"].items():
+        table.row(f"  {name}", seconds)
+    if options.json:
+        found = {"options": asdict(options), "machine": where, "loading_seconds": loading, **sweep}
+        write_json(Path(options.json), found)
+
+
+def _sweep(options: Options, model: PreTrainedModel) -> dict[str, Any]:
+    """Seconds in all, by part and by point; prints a row a point."""
+    device, config = model.device, model.config
     calibration = random_windows(config, options.windows, options.length, options.seed)
     test = random_windows(config, options.perplexity_windows, options.perplexity_length, options.seed + 1)
-    amounts = sweep_amounts(options.mean, options.step)
-    parts = {"dense perplexity": 0.0, "bases": 0.0, "slicing": 0.0, "perplexity": 0.0}
-    points: list[dict[str, Any]] = []
-    results: dict[str, Any] = {"options": asdict(options), "machine": where, "loading_seconds": loading}
     more: dict[str, Any] = {"rotations": options.rotations, "batch_size": options.batch_size}
 
-    def perplexity(evaluated: PreTrainedModel) -> tuple[float, float]:
-        seconds, nll = timed(device, lambda: window_nll(evaluated, test, batch_size=options.batch_size, progress=False))
-        return seconds, nll.mean().exp().item()
+    def evaluate(evaluated: PreTrainedModel) -> float:
+        return window_nll(evaluated, test, batch_size=options.batch_size, progress=False).mean().exp().item()
 
-    table = Table("SB", "parameters", "slicing, s", "perplexity, s", "perplexity", width=16)
+    def cut(widths: list[int]) -> PreTrainedModel:
+        if bases is not None:
+            return slice_with_bases(model, bases, widths)
+        return rotate_and_slice(model, calibration, widths, **more)
+
+    table = Table("SB", "parameters", "slicing, s", "perplexity, s", "perplexity", width=18)
     start = time.perf_counter()
-    parts["dense perplexity"], value = perplexity(model)
-    table.row("dense", "1", None, parts["dense perplexity"], f"{value:.0f}")
-    bases = None
+    dense_parameters = count_parameters(model)
+    dense_seconds, perplexity = timed(device, lambda: evaluate(model))
+    table.row("dense", "1", None, dense_seconds, f"{perplexity:.0f}")
+    bases_seconds, bases = 0.0, None
     if options.calibration == "once":
-        parts["bases"], bases = timed(device, lambda: dense_bases(model, calibration, **more))
-        table.row("dense (bases)", None, parts["bases"], None, None)
-    for amount in amounts:
+        bases_seconds, bases = timed(device, lambda: dense_bases(model, calibration, **more))
+        table.row("dense, bases", None, bases_seconds, None, None)
+    points: list[dict[str, Any]] = []
+    for amount in sweep_amounts(options.mean, options.step):
         base = max(0.0, options.mean - amount)
         widths = widths_of(config, options.mean, base, options.round_interval)
-
-        def sliced(widths: list[int] = widths) -> PreTrainedModel:
-            if bases is not None:
-                return slice_with_bases(model, bases, widths)
-            return rotate_and_slice(model, calibration, widths, **more)
-
-        slicing, point = timed(device, sliced)
-        evaluation, value = perplexity(point)
+        slicing, point = timed(device, partial(cut, widths))
+        evaluation, perplexity = timed(device, partial(evaluate, point))
         kept = count_parameters(point) / dense_parameters
         del point
         gc.collect()
-        parts["slicing"] += slicing
-        parts["perplexity"] += evaluation
-        table.row(f"{base:.4f}", kept, slicing, evaluation, f"{value:.0f}")
+        table.row(f"{base:.4f}", kept, slicing, evaluation, f"{perplexity:.0f}")
         points.append(
             {
                 "base": base,
@@ -93,16 +92,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "parameters_kept": kept,
                 "slicing_seconds": slicing,
                 "perplexity_seconds": evaluation,
-                "perplexity": value,
+                "perplexity": perplexity,
             }
         )
     total = time.perf_counter() - start
-    table = Table(f"{len(points)} points", "seconds", width=16)
-    table.row("total", total)
-    for name, seconds in (*parts.items(), ("all else", total - sum(parts.values()))):
-        table.row(f"  {name}", seconds)
-    if options.json:
-        write_json(Path(options.json), results | {"seconds": total, "parts": parts, "points": points})
+    parts = {
+        "dense perplexity": dense_seconds,
+        "bases": bases_seconds,
+        "slicing": sum(point["slicing_seconds"] for point in points),
+        "perplexity": sum(point["perplexity_seconds"] for point in points),
+    }
+    return {"seconds": total, "parts": parts | {"all else": total - sum(parts.values())}, "points": points}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
+
+import gc
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from . import provenance
+from .evaluation import perplexity, window_nll
+from .loading import load_model
+from .modeling import count_parameters
+from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Checked, Target
+from .placement import must_offload, on_devices
+from .redundancy import layer_redundancy
+from .results import SCHEMA_VERSION, Point, Results
+from .rotation import Bases, dense_bases, rotate_and_slice, slice_with_bases
+from .store import content_key, windows_key
+from .tasks import evaluate_tasks
+from .text import token_windows
+
+# Options that a point's numbers don't depend on, or that stand in its key by what they come to.
+_NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_base", "offload", "cuda_device"}
+_NOT_IN_KEY |= {"vector_cut", "source_for_vector", "mean", "step", "rotations", "calibration", "round_interval"}
+
+
+class Bench:
+    """A model on its device, ready to be sliced and measured.
+
+    test_windows (N, S), calibration_windows (N, S): token ids; the latter None where nothing is sliced.
+    """
+
+    def __init__(self, checked: Checked, device: torch.device, *, progress: bool) -> None:
+        self.checked, self.options, self.device, self.progress = checked, checked.options, device, progress
+        options = self.options
+        self.model, self.tokenizer = load_model(
+            options.model,
+            device="cpu",
+            dtype=options.dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+        calibration_tokens = options.calibration_samples * options.calibration_length if options.mean > 0 else 0
+        if not (options.offload or must_offload(self.model, device, calibration_tokens)):
+            self.model.to(device)
+        self.test_windows = self.evaluation_windows(options.perplexity_split)
+        self.calibration_windows: torch.Tensor | None = None
+        if options.mean > 0:
+            self.calibration_windows = self._windows(
+                options.dataset, "train", length=options.calibration_length, count=options.calibration_samples
+            )
+        self._bases: Bases | None = None
+        self._dependences = self._known_dependences()
+
+    # ---- text
+
+    def evaluation_windows(self, split: str) -> torch.Tensor:
+        """The windows (N, S) of a part of the data set that perplexity is measured on."""
+        windows = self._windows(self.options.dataset, split, length=self.options.perplexity_length)
+        return windows[: self.options.perplexity_samples]
+
+    def redundancy_windows(self) -> torch.Tensor:
+        """The windows (N, S) that LR is measured on."""
+        return self._windows(
+            self.options.source_for_vector,
+            REDUNDANCY_SPLIT,
+            length=REDUNDANCY_LENGTH,
+            count=REDUNDANCY_WINDOWS,
+            stride=REDUNDANCY_LENGTH,
+        )
+
+    def _windows(self, source: str, split: str, **which: Any) -> torch.Tensor:
+        options = self.options
+        return token_windows(
+            source, self.tokenizer, split=split, seed=options.seed, text_column=options.text_column, **which
+        )
+
+    # ---- what numbers depend on
+
+    def header(self) -> Results:
+        """Results without points: what they all depend on."""
+        options, config = self.options, self.checked.config.get_text_config()
+        test, calibration = self.test_windows, self.calibration_windows
+        known = self._dependences
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "arguments": asdict(options),
+            "model": known["model"] | {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers},
+            "versions": known["versions"],
+            "git": provenance.git_commit(),
+            "device": known["device"],
+            "seed": options.seed,
+            "data": {
+                "perplexity": provenance.text_entry(options.dataset, options.perplexity_split, test),
+                "calibration": (
+                    None if calibration is None else provenance.text_entry(options.dataset, "train", calibration)
+                ),
+                "redundancy": None,
+            },
+            "redundancy": None,
+            "search": None,
+            "points": [],
+        }
+
+    def point_key(self, target: Target, windows: torch.Tensor | None = None) -> str:
+        """The key of a point measured on evaluation windows (N, S), by default the test windows."""
+        sliced = target.widths is not None
+        calibration = self.calibration_windows
+        return content_key(
+            self._dependences
+            | {
+                "target": asdict(target),
+                "rotations": self.options.rotations if sliced else None,
+                "options": {name: value for name, value in asdict(self.options).items() if name not in _NOT_IN_KEY},
+                "task files": provenance.files(self.options.include_path),
+                "calibration": windows_key(calibration) if sliced and calibration is not None else None,
+                "perplexity": windows_key(self.test_windows if windows is None else windows),
+            }
+        )
+
+    def redundancy_key(self, windows: torch.Tensor) -> str:
+        """The key of LR measured on windows (N, S)."""
+        return content_key(self._dependences | {"windows": windows_key(windows), "batch_size": self.options.batch_size})
+
+    def _known_dependences(self) -> dict[str, Any]:
+        options = self.options
+        head = self.model.get_output_embeddings()
+        return {
+            "schema": SCHEMA_VERSION,
+            "model": {
+                "name": options.model,
+                "revision": provenance.model_commit(options),
+                "model_type": self.checked.config.model_type,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "parameters": count_parameters(self.model),
+                "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
+            },
+            "model files": provenance.files(options.model),
+            "versions": provenance.versions(options),
+            "device": provenance.device_name(self.device),
+        }
+
+    # ---- measurements
+
+    def redundancy(self, windows: torch.Tensor) -> dict[str, list[float] | None]:
+        """LR of the dense model on windows (N, S), as results.json has it."""
+        with on_devices(self.model, self.device) as model:
+            found = layer_redundancy(model, windows, batch_size=self.options.batch_size, progress=self.progress)
+        return found.as_dict()
+
+    def perplexity(self, target: Target, windows: torch.Tensor) -> float:
+        """Perplexity of a sliced model on windows (N, S)."""
+        with on_devices(self.sliced(target), self.device) as model:
+            return perplexity(model, windows, batch_size=self.options.batch_size, progress=self.progress)
+
+    def sliced(self, target: Target) -> PreTrainedModel:
+        """The model sliced to a target's widths."""
+        assert target.widths is not None
+        assert self.calibration_windows is not None
+        how: dict[str, Any] = {
+            "rotations": self.options.rotations,
+            "batch_size": self.options.batch_size,
+            "device": self.device,
+            "progress": self.progress,
+        }
+        if target.calibration == "every-point":
+            return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
+        if self._bases is None:
+            self._bases = dense_bases(self.model, self.calibration_windows, **how)
+        return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
+
+    def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
+        """Slice and measure: what results.json has of a point, and the model that was measured."""
+        options = self.options
+        seconds: dict[str, float | None] = dict.fromkeys(("slice", "perplexity", "tasks"))
+        memory: dict[str, int | None] = dict.fromkeys(seconds)
+        gc.collect()  # the model of the point before
+        model = self.model
+        if target.widths is not None:
+            with self._part("slice", seconds, memory):
+                model = self.sliced(target)
+        tasks: dict[str, Any] = {}
+        with on_devices(model, self.device):
+            with self._part("perplexity", seconds, memory):
+                nll = window_nll(model, self.test_windows, batch_size=options.batch_size, progress=self.progress)
+            if self.checked.tasks is not None:
+                with self._part("tasks", seconds, memory):
+                    tasks = self._scores(model)
+        parameters = count_parameters(model)
+        point = {
+            "key": key,
+            "kind": target.kind,
+            "mean": target.mean,
+            "base": target.base,
+            "amount": None if target.mean is None or target.base is None else target.mean - target.base,
+            "slices": target.slices,
+            "widths": target.widths,
+            "rotations": None if target.widths is None else options.rotations,
+            "calibration": target.calibration,
+            "parameters": parameters,
+            "cut": 1 - parameters / self._dependences["model"]["parameters"],
+            "perplexity": nll.mean().exp().item(),
+            "nll": nll.tolist(),
+            "tasks": tasks,
+            "mean_accuracy": sum(score["value"] for score in tasks.values()) / len(tasks) if tasks else None,
+            "seconds": seconds,
+            "peak_memory_bytes": memory,
+        }
+        return point, model
+
+    def _scores(self, model: PreTrainedModel) -> dict[str, Any]:
+        assert self.checked.tasks is not None
+        options = self.options
+        return dict(
+            evaluate_tasks(
+                model,
+                self.tokenizer,
+                self.checked.tasks,
+                limit=options.accuracy_limit,
+                num_fewshot=options.num_fewshot,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                progress=self.progress,
+            )
+        )
+
+    @contextmanager
+    def _part(self, name: str, seconds: dict[str, float | None], memory: dict[str, int | None]) -> Iterator[None]:
+        """Time a part of a point and note the highest memory in it (of the process so far, on a CPU)."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        seconds[name] = time.perf_counter() - start
+        if cuda:
+            memory[name] = torch.cuda.max_memory_allocated(self.device)
+        elif self.device.type == "cpu":
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    # ---- models
+
+    def save(self, model: PreTrainedModel, point: Point, dense: Point | None, folder: Path) -> None:
+        """Save the sliced model of a point with its tokenizer and model card, in one step."""
+        from .model_card import write_model_card
+
+        options = self.options
+        partial = folder.with_name(f".{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens of"
+        write_model_card(
+            partial,
+            model_name=options.model,
+            revision=self._dependences["model"]["revision"],
+            slice_percentage=point["mean"],
+            slice_base=point["base"],
+            widths=point["widths"],
+            rotations=point["rotations"],
+            calibration=f"{calibration} {options.dataset} (train)",
+            perplexity={
+                "data": f"{options.dataset} ({options.perplexity_split}), windows of {options.perplexity_length}",
+                "dense": None if dense is None else dense["perplexity"],
+                "sliced": point["perplexity"],
+            },
+            parameters=(self._dependences["model"]["parameters"], point["parameters"]),
+            command=provenance.command_line(),
+        )
+        partial.rename(folder)

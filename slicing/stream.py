@@ -1,0 +1,131 @@
+"""The residual stream of the calibration windows, and the parts of a dense layer that run on it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import Block, Family, InputError
+from .modeling import attention_branch, mlp_branch, part, returns_tuple
+from .pca import Covariance
+
+_BATCH_TOKENS = {"cuda": 16384}
+_CPU_BATCH_TOKENS = 4096
+Step = Callable[[torch.Tensor, Any, Any], torch.Tensor]  # stream (B, S, D), a layer's args and kwargs -> stream
+
+
+class Stream:
+    """The residual stream of all windows, (N, S, D) in the model's basis and dtype, and what each layer is called with.
+
+    Batches run through in place, so this buffer and what one batch needs is all the memory that activations take.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        windows: torch.Tensor,
+        batch_size: int | None,
+        device: torch.device,
+    ) -> None:
+        if windows.ndim != 2 or 0 in windows.shape:
+            raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
+        tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
+        self.batch_size = batch_size or max(1, tokens // windows.shape[1])
+        self.centred = family.layer_norm
+        self.device = device
+        path, _, name = family.layers.rpartition(".")
+        body = _with_recorders(part(model, path), name, device)
+        recorders = getattr(body, name)
+        self.calls: dict[int, list[tuple[Any, Any]]] = {}  # batch size -> (args, kwargs) of every layer
+        self.buffer: torch.Tensor | None = None
+        for start in range(0, len(windows), self.batch_size):
+            batch = windows[start : start + self.batch_size]
+            body(input_ids=batch.to(device), use_cache=False)
+            hidden = recorders[0].hidden  # (B, S, D), after positions, multipliers and dropout
+            if self.buffer is None:
+                self.buffer = hidden.new_empty(len(windows), *hidden.shape[1:])
+            self.buffer[start : start + len(batch)] = hidden
+            self.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
+
+    def run(
+        self,
+        index: int,
+        step: Step,
+        *,
+        measure: bool,
+        keep: bool = True,
+    ) -> Covariance:
+        """Run `step` of layer `index` on every batch; keep what it returns in the buffer, measure its covariance."""
+        assert self.buffer is not None
+        covariance = Covariance(self.buffer.shape[-1], self.device, centred=self.centred)
+        for batch in torch.split(self.buffer, self.batch_size):
+            args, kwargs = self.calls[len(batch)][index]
+            states = step(batch, args, kwargs)
+            if measure:
+                covariance.add(states)
+            if keep and states is not batch:
+                batch.copy_(states)
+        return covariance
+
+
+class _Recorder(nn.Module):
+    """Stands in a decoder layer's place: notes what it is called with and lets the stream through."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        self.__dict__.update(plain)  # some bodies read attributes of their layers
+        self.returns_tuple = returns_tuple(layer)
+        self.hidden: torch.Tensor | None = None
+        self.call: tuple[Any, Any] = ((), {})
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden_states, (args, kwargs)
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+def _with_recorders(body: nn.Module, name: str, device: torch.device) -> nn.Module:
+    """A copy of a body that shares its modules, with recorders for layers; the body itself is not touched."""
+    recorders = nn.ModuleList(_Recorder(layer) for layer in getattr(body, name))
+    shallow = copy.copy(body)
+    shallow._modules = {**body._modules, name: recorders}
+    return on_device(shallow, device)
+
+
+def on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself if it is there, else a copy of it on the device."""
+    where = next(module.parameters()).device
+    return module if where == device else copy.deepcopy(module).to(device)
+
+
+def attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        return stream + attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)[0]
+
+    return step
+
+
+def mlp_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        return stream + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+
+    return step
+
+
+def parallel_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
+    def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+        stream = _project(stream, projection)
+        attention, _ = attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)
+        return stream + attention + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+
+    return step
+
+
+def _project(stream: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
+    return stream if projection is None else stream @ projection

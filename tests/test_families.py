@@ -1,0 +1,227 @@
+"""The table of families names what the models have, and says no, with the reason, to what can't be sliced."""
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    HIDDEN,
+    LAYERS,
+    family_of,
+    layer_norm,
+    live_in,
+    logits,
+    random_model,
+    relative_error,
+    subspace,
+    tolerance,
+    windows,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from slicing import families
+from slicing.families import FAMILIES, REFUSED, Block, InputError, find_family
+from slicing.modeling import find_block, matrix, part
+from slicing.rotation import rotate_and_slice
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+# ---- what a row names is there
+
+
+def test_every_layout_of_every_family_is_that_of_a_tiny_model():
+    found: dict[str, set[Block]] = {name: set() for name in FAMILIES}
+    for case, (model_type, _) in CASES.items():
+        for layer in part(random_model(case), FAMILIES[model_type].layers):
+            found[model_type].add(find_block(layer, FAMILIES[model_type]))
+    assert found == {name: set(family.blocks) for name, family in FAMILIES.items()}
+
+
+@every_case
+def test_every_name_of_a_row_is_there(case):
+    model, family = random_model(case), family_of(case)
+    layers = part(model, family.layers)
+    assert isinstance(layers, torch.nn.ModuleList)
+    assert len(layers) == LAYERS
+    for path in family.tables:
+        assert isinstance(part(model, path), torch.nn.Embedding), path
+    for layer in layers:
+        block = find_block(layer, family)
+        for path in (*block.attention_in, block.attention_out, *block.mlp_in, *block.mlp_out):
+            owner, name = matrix(layer, path)
+            assert isinstance(getattr(owner, name), torch.nn.Parameter), path
+        for path in {block.attention_norm, block.mlp_norm}:
+            norm = part(layer, path)
+            assert "Norm" in type(norm).__name__
+            assert not isinstance(family.norm_eps, str) or hasattr(norm, family.norm_eps), path
+        for name in (*block.dropout, block.scale, block.parallel):
+            assert not isinstance(name, str) or hasattr(layer, name), name
+
+
+@every_case
+def test_every_matrix_on_the_stream_is_in_the_row(case):
+    model, family = random_model(case), family_of(case)
+    layer = part(model, family.layers)[0]
+    block = find_block(layer, family)
+    paths = (*block.attention_in, block.attention_out, *block.mlp_in, *block.mlp_out)
+    owners = [matrix(layer, path) for path in paths]
+    named = {id(getattr(owner, name)) for owner, name in owners}
+    wide = {name: p for name, p in layer.named_parameters() if p.ndim > 1 and HIDDEN in p.shape}
+    assert [name for name, parameter in wide.items() if id(parameter) not in named] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention", "self_attn.gone"),
+        ("attention_norm", "gone_layernorm"),
+        ("attention_in", ("self_attn.q_proj", "self_attn.gone")),
+        ("attention_out", "gone.o_proj"),
+        ("mlp", ("gone",)),
+        ("mlp_norm", "mlp.gone"),
+        ("mlp_in", ("mlp.gate_proj.gone",)),
+        ("mlp_out", ("mlp.gone",)),
+    ],
+)
+def test_a_row_that_names_a_missing_module_is_found(field, value, monkeypatch):
+    block = replace(FAMILIES["llama"].blocks[0], **{field: value})
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], blocks=(block,)))
+    missing = value[-1] if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=f"LlamaDecoderLayer has no {missing}: the row in families.py doesn't fit"):
+        rotate_and_slice(random_model("llama"), windows(), [16] * LAYERS)
+
+
+@pytest.mark.parametrize(("field", "value"), [("layers", "model.gone"), ("tables", ("model.gone",))])
+def test_a_row_with_wrong_layers_or_tables_is_found(field, value, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], **{field: value}))
+    with pytest.raises(AttributeError, match="gone"):
+        rotate_and_slice(random_model("llama"), windows(), [16] * LAYERS)
+
+
+def test_every_family_is_one_that_transformers_knows():
+    assert [name for name in (*FAMILIES, *REFUSED) if name not in CONFIG_MAPPING] == []
+
+
+def test_the_table_imports_nothing_but_the_standard_library():
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(Path(families.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module or ".")
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert imported <= {"collections.abc", "dataclasses", "typing"}
+
+
+# ---- options of a family that change its parts
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("llama", {"attention_bias": False, "mlp_bias": False}),
+        ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("opt", {"enable_bias": False}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("gpt2", {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}),
+        ("starcoder2", {"use_bias": False}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("olmo", {"clip_qkv": 0.5}),
+        ("gpt_neox", {"attention_bias": False}),
+        ("phi", {"qk_layernorm": True}),
+        ("falcon", {"bias": True}),
+        ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+    ],
+    ids=str,
+)
+def test_options_of_a_family_keep_slicing_lossless(case, settings):
+    model = random_model(case, **settings)
+    live_in(model, subspace(20, centred=layer_norm(case)))
+    wanted = logits(model, windows())
+    sliced = rotate_and_slice(model, windows(), [20, 32, 20])
+    assert relative_error(logits(sliced, windows()), wanted) < tolerance(case)
+
+
+# dropout of everything that a branch adds to the stream, none elsewhere
+ALL_DROPPED: dict[str, dict[str, float]] = {
+    "phi3": {"resid_pdrop": 1.0},
+    "opt": {"dropout": 1.0},
+    "gpt2": {"resid_pdrop": 1.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "starcoder2": {"residual_dropout": 1.0},
+    "stablelm": {"hidden_dropout": 1.0},
+    "stablelm-parallel": {"hidden_dropout": 1.0},
+    "gpt_neox": {"hidden_dropout": 1.0},
+    "gpt_neox-sequential": {"hidden_dropout": 1.0},
+    "phi": {"resid_pdrop": 1.0},
+    "falcon": {"hidden_dropout": 1.0},
+    "falcon-two-norms": {"hidden_dropout": 1.0},
+    "gptj": {"resid_pdrop": 1.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+
+@pytest.mark.parametrize("case", ALL_DROPPED)
+def test_dropout_in_training_drops_what_the_family_drops(case):
+    model = random_model(case, **ALL_DROPPED[case])
+    sliced = rotate_and_slice(model, windows(2), [HIDDEN] * LAYERS)
+    wanted = logits(model, windows(2))
+    assert relative_error(logits(sliced, windows(2)), wanted) < tolerance(case)
+    dropped = logits(model.train(), windows(2))
+    assert relative_error(dropped, wanted) > 0.1
+    assert relative_error(logits(sliced.train(), windows(2)), dropped) < tolerance(case)
+
+
+# ---- what can't be sliced
+
+
+def test_an_unknown_family_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(InputError, match="unknown model family 'bloom'") as caught:
+        find_family(AutoConfig.for_model("bloom"))
+    assert all(name in str(caught.value) for name in FAMILIES)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_normalise_after_a_block_are_refused_with_the_reason(model_type):
+    with pytest.raises(InputError, match=f"can't slice '{model_type}': it normalises a block's output before adding"):
+        find_family(SimpleNamespace(model_type=model_type))
+
+
+def test_a_refused_model_is_refused_before_any_work():
+    config = AutoConfig.for_model(
+        "gemma2", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=96
+    )
+    with pytest.raises(InputError, match="can't slice 'gemma2'"):
+        rotate_and_slice(AutoModelForCausalLM.from_config(config), windows(), [16, 16])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "normalises after the residual addition"),
+        ("opt", {"hidden_size": 64, "word_embed_proj_dim": 32}, "projects embeddings of 32 to 64"),
+        ("opt", {"_remove_final_layer_norm": True}, "no final norm"),
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
+    ],
+)
+def test_models_of_a_known_family_that_can_not_be_sliced_are_refused_with_the_reason(model_type, settings, reason):
+    with pytest.raises(InputError, match=f"can't slice this '{model_type}' model: .*{reason}"):
+        find_family(AutoConfig.for_model(model_type, **settings))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused(model_type):
+    with pytest.raises(InputError, match=f"can't slice '{model_type}': it is an encoder-decoder"):
+        find_family(AutoConfig.for_model(model_type))
+
+
+@every_case
+def test_supported_configs_are_not_refused(case):
+    model_type, settings = CASES[case]
+    config: Any = AutoConfig.for_model(model_type, **settings)
+    assert find_family(config) is FAMILIES[model_type]

@@ -1,0 +1,117 @@
+"""Runs of mean_cut_accuracy_experiments.py on a tiny random model: in this process, or in one of its own.
+
+A process of its own is forked from a server that has imported everything, so that a test can start and kill many.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import random_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import mean_cut_accuracy_experiments as script
+from slicing.bench import Bench
+from slicing.results import Results, read_results
+
+REPOSITORY = Path(script.__file__).parent
+TASKS = Path(__file__).parent / "data" / "tiny_tasks"
+VECTOR = ("0", "0.6", "1")
+WORDS = ("the", "kettle", "began", "to", "sing", "and", "rain", "fell", "on", "a", "roof", "of", "tin")
+
+
+def write_text(folder: Path, seed: int = 0, **words: int) -> str:
+    """Random text with so many words a split; returns the --dataset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    choice = random.Random(seed)
+    for split, count in words.items():
+        (folder / f"{split}.txt").write_text(" ".join(choice.choices(WORDS, k=count)), encoding="utf-8")
+    return str(folder / "{split}.txt")
+
+
+def write_model(folder: Path, **settings: Any) -> None:
+    """A llama of 3 layers and width 48 with a tokenizer, as a folder."""
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    model = random_model("llama", dtype=torch.float32, vocab_size=304, max_position_embeddings=256, **settings)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.1)  # perplexities of some hundreds
+    model.save_pretrained(folder)
+
+
+class Runs:
+    """A model, a text, and runs on them with results below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.model = folder, folder / "model"
+        write_model(self.model)
+        self.text = write_text(folder / "text", train=600, validation=300, test=320)
+
+    def arguments(self, output: str, *more: str, mean: float = 0.3, step: float = 0.1) -> list[str]:
+        """A quick sweep; `more` comes last, so it wins."""
+        given = ["--model", str(self.model), "--dataset", self.text, "--mean", str(mean), "--step", str(step)]
+        given += ["--calibration-samples", "8", "--calibration-length", "16", "--perplexity-length", "16"]
+        given += ["--cuda-device", "cpu", "--output-dir", str(self.folder / output)]
+        if mean > 0 and "--source-for-vector" not in more:
+            given += ["--vector-cut", *VECTOR]
+        return [*given, *more]
+
+    def run(self, output: str, *more: str, **numbers: float) -> tuple[Path, Results]:
+        """A run in this process: its folder and what it wrote, which the schema must know."""
+        assert script.main(self.arguments(output, *more, **numbers)) == 0
+        return self.found(output)
+
+    def found(self, output: str) -> tuple[Path, Results]:
+        """The one run's folder below an output folder, and its results."""
+        (folder,) = (self.folder / output).iterdir()
+        return folder, read_results(folder)
+
+    def start(self, output: str, *more: str, **numbers: float) -> BaseProcess:
+        """A run in a process of its own; stdout, stderr and a line for each point begun go to files in `folder`."""
+        process: BaseProcess = _SERVER.Process(
+            target=_serve, args=(str(self.folder / output), self.arguments(output, *more, **numbers))
+        )
+        process.start()
+        return process
+
+
+def _serve(output: str, arguments: list[str]) -> None:
+    """The process: log each point that is begun, run the script."""
+    log = os.open(f"{output}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_TRUNC | os.O_CREAT), stream)
+    measure: Callable[..., Any] = Bench.point
+
+    def logged(bench: Bench, target: Any, key: str) -> Any:
+        os.write(log, f"{key}\n".encode())
+        return measure(bench, target, key)
+
+    Bench.point = logged  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    sys.exit(script.main(arguments))
+
+
+def comparable(results: Results) -> Results:
+    """Results without what two equal runs may differ in: times, memory, where they went."""
+    copy: Results = json.loads(json.dumps(results))
+    for name in ("output_dir", "fresh", "quiet", "cuda_device"):
+        del copy["arguments"][name]
+    for point in copy["points"]:
+        del point["seconds"], point["peak_memory_bytes"]
+    return copy
+
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])  # of the server
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tiny_runs", "slicing.experiment", "slicing.report", "matplotlib.figure"])
