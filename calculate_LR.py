@@ -4,14 +4,15 @@ python calculate_LR.py demo --samples 16
 python calculate_LR.py mistralai/Mistral-7B-v0.1 --device cuda --output mistral.json --plot mistral.png
 """
 
+import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from slicing import InputError
-from slicing.options import Parser, at_least, check_positions
+from slicing.options import Parser, at_least, check_output, check_positions, check_seed
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Options:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options on the command line."""
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("model", help="hub name, local folder, .gguf file, or demo")
     add(
@@ -79,22 +80,23 @@ def measure(options: Options) -> None:
     """Check, load, measure, print, write."""
     for name in ("samples", "max_seq_len", "stride", "batch_size"):
         at_least(1, name, getattr(options, name))
-    for file in (options.output, options.plot):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise InputError(f"the folder of {file} is not there: make it first")
+    check_seed(options.seed)
+    check_output("--output", options.output, (".json",))
+    check_output("--plot", options.plot, (".png", ".pdf", ".svg"))
+    if options.quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
-    from slicing.loading import load_config, load_model, resolve_device, resolve_dtype
+    from slicing.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
     from slicing.text import check_source, token_windows
 
     resolve_device(options.device)
     resolve_dtype(options.dtype)
     check_source(options.dataset, options.split, options.text_column)
-    where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     check_positions(load_config(options.model, **where), "--max-seq-len", options.max_seq_len)
-    model, tokenizer = load_model(options.model, device=options.device, dtype=options.dtype, **where)
     windows = token_windows(
         options.dataset,
-        tokenizer,
+        load_tokenizer(options.model, **where),
         split=options.split,
         length=options.max_seq_len,
         count=options.samples,
@@ -102,6 +104,7 @@ def measure(options: Options) -> None:
         seed=options.seed,
         text_column=options.text_column,
     )
+    model, _ = load_model(options.model, device=options.device, dtype=options.dtype, **where)
 
     from slicing.provenance import text_entry
     from slicing.redundancy import layer_redundancy

@@ -5,8 +5,8 @@
         --tasks hellaswag winogrande arc_easy piqa --accuracy-limit 1000 --vector-cut mistral.json
 """
 
+import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from slicing import InputError
@@ -15,7 +15,7 @@ from slicing.options import Options, Parser
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options on the command line."""
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="hub name, local folder, .gguf file, or demo")
     add("--mean", type=float, required=True, help="SP, the mean cut over the layers, in [0, 1); 0: evaluate only")
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         "--save-model",
         choices=("none", "best", "all"),
         default="none",
-        help="sliced models to keep in the run's folder",
+        help="sliced models to keep in the run's folder (default: none)",
     )
     add("--output-dir", default="results", metavar="FOLDER", help="where the run's folder goes (default: results)")
     add("--fresh", action="store_true", help="start over: forget the run's finished points")
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep(options: Options) -> None:
     """Check, run, print each row as it ends, then write csv and plots."""
+    if options.quiet or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
+
     from slicing.options import check
 
     checked = check(options)
@@ -107,7 +110,8 @@ def sweep(options: Options) -> None:
     if ranks.first:
         print("\n".join(equal_size_summary(results)))
         write_files([results], experiment.folder.folder)
-        print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
+        if not options.quiet:
+            print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
     ranks.leave()
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from . import provenance
 from .evaluation import perplexity, window_nll
 from .loading import load_model
+from .model_card import write_model_card
 from .modeling import count_parameters
 from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Checked, Target
 from .placement import must_offload, on_devices
@@ -48,23 +49,18 @@ class Bench:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
-        calibration_tokens = options.calibration_samples * options.calibration_length if options.mean > 0 else 0
+        self.test_windows, self.calibration_windows = checked.test_windows, checked.calibration_windows
+        calibration_tokens = 0 if self.calibration_windows is None else self.calibration_windows.numel()
         if not (options.offload or must_offload(self.model, device, calibration_tokens)):
             self.model.to(device)
-        self.test_windows = self.evaluation_windows(options.perplexity_split)
-        self.calibration_windows: torch.Tensor | None = None
-        if options.mean > 0:
-            self.calibration_windows = self._windows(
-                options.dataset, "train", length=options.calibration_length, count=options.calibration_samples
-            )
         self._bases: Bases | None = None
         self._dependences = self._known_dependences()
 
     # ---- text
 
-    def evaluation_windows(self, split: str) -> torch.Tensor:
-        """The windows (N, S) of a part of the data set that perplexity is measured on."""
-        windows = self._windows(self.options.dataset, split, length=self.options.perplexity_length)
+    def validation_windows(self) -> torch.Tensor:
+        """The windows (N, S) of the validation split, cut as the test windows are."""
+        windows = self._windows(self.options.dataset, "validation", length=self.options.perplexity_length)
         return windows[: self.options.perplexity_samples]
 
     def redundancy_windows(self) -> torch.Tensor:
@@ -165,6 +161,8 @@ class Bench:
         """The model sliced to a target's widths."""
         assert target.widths is not None
         assert self.calibration_windows is not None
+        if self.model.device != self.device:
+            gc.collect()  # a model that was spread before refers to itself
         how: dict[str, Any] = {
             "rotations": self.options.rotations,
             "batch_size": self.options.batch_size,
@@ -182,7 +180,6 @@ class Bench:
         options = self.options
         seconds: dict[str, float | None] = dict.fromkeys(("slice", "perplexity", "tasks"))
         memory: dict[str, int | None] = dict.fromkeys(seconds)
-        gc.collect()  # the model of the point before
         model = self.model
         if target.widths is not None:
             with self._part("slice", seconds, memory):
@@ -253,14 +250,13 @@ class Bench:
 
     def save(self, model: PreTrainedModel, point: Point, dense: Point | None, folder: Path) -> None:
         """Save the sliced model of a point with its tokenizer and model card, in one step."""
-        from .model_card import write_model_card
-
         options = self.options
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
-        calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens of"
+        calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens"
+        once = ", by the dense model's signals" if point["calibration"] == "once" else ""
         write_model_card(
             partial,
             model_name=options.model,
@@ -269,7 +265,7 @@ class Bench:
             slice_base=point["base"],
             widths=point["widths"],
             rotations=point["rotations"],
-            calibration=f"{calibration} {options.dataset} (train)",
+            calibration=f"{calibration} of {options.dataset} (train){once}",
             perplexity={
                 "data": f"{options.dataset} ({options.perplexity_split}), windows of {options.perplexity_length}",
                 "dense": None if dense is None else dense["perplexity"],

@@ -156,7 +156,7 @@ class Experiment:
     def _search(self, vector: list[float]) -> dict[str, Any]:
         """The search as results.json has it. Each trial is kept as it ends."""
         mean = self.options.mean
-        windows = self.bench.evaluation_windows("validation")
+        windows = self.bench.validation_windows()
         key = self.bench.point_key(self.checked.target(mean, 0.0, vector, kind="search"), windows)
         trials: list[dict[str, float]] = self.folder.read("search", key) or []
 
@@ -167,9 +167,11 @@ class Experiment:
             target = self.checked.target(mean, base, vector, calibration="once")
             trials.append({"base": base, "perplexity": self.bench.perplexity(target, windows)})
             self.folder.write("search", key, trials)
+            bar.update()
             return trials[-1]["perplexity"]
 
-        base = golden_section(trial, 0.0, mean, BASE_TOLERANCE)
+        with tqdm(desc="search", unit="trial", initial=len(trials), disable=not self.progress) as bar:
+            base = golden_section(trial, 0.0, mean, BASE_TOLERANCE)
         data = provenance.text_entry(self.options.dataset, "validation", windows)
         return {"base": base, "data": data, "trials": trials}
 

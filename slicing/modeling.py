@@ -3,6 +3,7 @@
 A saved folder carries copies of this file and of `families.py`, so it imports nothing else of this project.
 """
 
+import math
 import os
 from functools import cache, reduce, wraps
 from inspect import signature
@@ -48,8 +49,9 @@ class SlicedConfig(PretrainedConfig):  # type: ignore[misc]
         self.gained_biases = gained_biases or []
         if text_config is not None:  # Transformers also builds a config without arguments, to tell defaults
             layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
-            if len(self.widths) != layers or not all(1 <= width <= hidden_size for width in self.widths):
-                raise ValueError(f"widths must be {layers} numbers from 1 to {hidden_size}, got {self.widths}")
+            fit = [isinstance(width, int) and 1 <= width <= hidden_size for width in self.widths]
+            if len(fit) != layers or not all(fit):
+                raise ValueError(f"widths must be {layers} integers from 1 to {hidden_size}, got {self.widths}")
             if rotations not in (1, 2):
                 raise ValueError(f"rotations must be 1 or 2, got {rotations}")
             kwargs["tie_word_embeddings"] = text_config.tie_word_embeddings
@@ -64,10 +66,7 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     shortcut stands.
     """
 
-    embedding_projection: nn.Linear | None
-    attn_shortcut: nn.Linear | None
-    mlp_shortcut: nn.Linear | None
-    dense: ClassVar[Any]  # the family's layer class
+    dense_class: ClassVar[Any]  # the family's own layer
 
     def __init__(self, layer: nn.Module, family: Family, config: SlicedConfig, index: int, projected: bool) -> None:
         nn.Module.__init__(self)  # not the dense layer's, which `sliced_layer_class` puts behind this class
@@ -77,23 +76,23 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.block = find_block(layer, family)
         self.parallel = is_parallel(layer, self.block)
         self.returns_tuple = returns_tuple(layer)
-        # experts return the width that they read: zeros fill the narrower of the two
-        self.mlp_width = max(width, self.next_width) if self.block.experts else width
+        self.mlp_width = width
+        if self.block.experts:  # they return the width that they read: zeros fill it up to one that fits both sides
+            fitting = 8 * math.ceil(max(width, self.next_width) / 8)  # grouped products take steps of 16 bytes
+            self.mlp_width = min(fitting, hidden_size)
+        narrow, two_bases = width < hidden_size, config.rotations == 2 and not self.parallel
+        changes = min(width, self.next_width) < hidden_size
         self.embedding_projection = self._linear(hidden_size, width) if projected and index == 0 else None
-        self.attn_shortcut = None
-        self.mlp_shortcut = None
-        if width < hidden_size:
+        self.attn_shortcut = self._linear(width, width) if narrow and two_bases else None
+        self.mlp_shortcut = self._linear(width, self.next_width) if changes else None
+        if narrow:
             self._read(family, config, width)
             if not self.parallel:
                 resize(self, self.block.attention_out, width, writes=True)
-                if config.rotations == 2:
-                    self.attn_shortcut = self._linear(width, width)
         if self.next_width < hidden_size:
             writers = (*self.block.mlp_out, self.block.attention_out) if self.parallel else self.block.mlp_out
             for path in writers:
                 resize(self, path, self.mlp_width if self.block.experts else self.next_width, writes=True)
-        if min(width, self.next_width) < hidden_size:
-            self.mlp_shortcut = self._linear(width, self.next_width)
 
     def _read(self, family: Family, config: SlicedConfig, width: int) -> None:
         """Give the norms and the matrices that read the stream their width."""
@@ -104,21 +103,17 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
                 resize(self, path, inputs)
                 owner, name = matrix(self, path)
                 if path in config.gained_biases or getattr(owner, "bias", None) is not None:
-                    outputs = getattr(owner, name).shape[-3 - input_axis(owner)]
-                    owner.bias = nn.Parameter(self._empty(outputs))
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        owner, name = matrix(self, self.block.attention_out)
-        like: torch.Tensor = getattr(owner, name)
-        return like.new_empty(shape)
+                    weight = getattr(owner, name)
+                    owner.bias = nn.Parameter(weight.new_empty(weight.shape[-3 - input_axis(owner)]))
 
     def _linear(self, inputs: int, outputs: int) -> nn.Linear:
+        owner, name = matrix(self, self.block.attention_out)
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._empty(outputs, inputs))
+        linear.weight = nn.Parameter(getattr(owner, name).new_empty(outputs, inputs))
         return linear
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return empty_layer, (self.dense,), self.__dict__  # no module has this class under its name
+        return empty_layer, (self.dense_class,), self.__dict__  # pickle can't find this class by its name
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, d_i) -> (B, S, d_{i+1}); all further arguments go to the attention module untouched."""
@@ -145,6 +140,10 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A sliced causal LM. `model` is the family's own causal LM: its embeddings, body, final norm and head run as they
     are, with `SlicedLayer`s for layers, so that masks, caches, attention implementations and logits are the family's.
+
+    The token table is (V, D) where it is tied to the head or shapes the body's output, else (V, d_0). With
+    `output_hidden_states` the states are what the layers read, (B, S, d_i) (of layer 0 what the table gives), and last
+    the body's output (B, S, D).
     """
 
     config_class = SlicedConfig
@@ -171,38 +170,30 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """What the family's own causal LM takes (its cache among `kwargs`) and returns."""
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        """What the family's own causal LM takes (its cache and `inputs_embeds` among `kwargs`) and returns."""
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+        return self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() goes by the signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own."""
         return self.model.prepare_inputs_for_generation(*args, **kwargs)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The family's own: the token table keeps its width, and the head is resized with it."""
+        return self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[no-any-return]
+
     def get_output_embeddings(self) -> nn.Module:
         """The head (V, D), which reads the original basis."""
         return self.model.get_output_embeddings()  # type: ignore[no-any-return]
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.model.set_output_embeddings(new_embeddings)
-
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the tensors under the names they have here: the names that a family's checkpoints had before Transformers
-        5 (an expert a file entry, `block_sparse_moe`) would also rename the shortcuts."""
+        """Save the tensors under the names they have here: Transformers' renaming to the original checkpoints' names
+        (Mixtral's `.mlp.` to `.block_sparse_moe.`) would hit the shortcuts too."""
         super().save_pretrained(save_directory, **({"save_original_format": False} | kwargs))
 
 
@@ -218,15 +209,13 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
             table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.widths[0]))
     layers = part(model, family.layers)
     for index, layer in enumerate(layers):
-        dense: Any = type(layer)
-        layers[index] = sliced_layer_class(dense)(layer, family, config, index, projected)
+        layers[index] = sliced_layer_class(layer.__class__)(layer, family, config, index, projected)
 
 
 @cache
 def sliced_layer_class(dense: Any) -> type[SlicedLayer]:
-    """SlicedLayer as a subclass of the family's layer: Transformers finds the layers whose hidden states it captures by
-    that class."""
-    return type("SlicedLayer", (SlicedLayer, dense), {"__module__": __name__, "dense": dense})
+    """SlicedLayer as a subclass of the family's layer, the class by which Transformers captures hidden states."""
+    return type("SlicedLayer", (SlicedLayer, dense), {"__module__": __name__, "dense_class": dense})
 
 
 def empty_layer(dense: Any) -> SlicedLayer:
@@ -265,11 +254,8 @@ def find_block(layer: nn.Module, family: Family) -> Block:
     raise ValueError(f"{type(layer).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
 
 
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        return part(layer, path) is not None
-    except AttributeError:
-        return False
+def _has(layer: Any, path: str) -> bool:
+    return reduce(lambda found, name: getattr(found, name, None), path.split("."), layer) is not None
 
 
 def is_parallel(layer: nn.Module, block: Block) -> bool:

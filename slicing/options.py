@@ -1,8 +1,9 @@
-"""The options of an experiment, and the checks that need no model: what is wrong is said before anything is loaded."""
+"""The options of an experiment, and the checks that need no weights: what is wrong is said before they are loaded."""
 
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,6 +12,7 @@ from .families import InputError, find_family
 from .schedule import check_vector, final_slices, normalise, slice_widths, sweep_amounts
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from .tasks import TaskSet
@@ -19,7 +21,12 @@ REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr, as all others are; exit code 2."""
+    """An argument parser that takes no shortened flags and whose errors are one line on stderr; exit code 2."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
@@ -81,6 +88,7 @@ class Checked:
     """Options found good, with what the checks had to read.
 
     vector: LR (L), None where it is to be measured; source: what its JSON file says of it besides.
+    test_windows, calibration_windows: token ids (N, S) each; the latter None where nothing is sliced.
     """
 
     options: Options
@@ -88,6 +96,8 @@ class Checked:
     vector: list[float] | None
     source: dict[str, Any] | None
     tasks: "TaskSet | None"
+    test_windows: "torch.Tensor"
+    calibration_windows: "torch.Tensor | None"
 
     @property
     def hidden_size(self) -> int:
@@ -113,7 +123,7 @@ class Checked:
 
 
 def check(options: Options) -> Checked:
-    """Raise InputError for whatever is wrong with the options, as far as it shows without loading the model."""
+    """Raise InputError for whatever is wrong with the options, as far as it shows without the model's weights."""
     for name in (
         "calibration_samples",
         "calibration_length",
@@ -125,6 +135,7 @@ def check(options: Options) -> Checked:
         at_least(1, name, getattr(options, name))
     at_least(2, "perplexity_length", options.perplexity_length)
     at_least(0, "num_fewshot", options.num_fewshot)
+    check_seed(options.seed)
     sweep_amounts(options.mean, options.step)
     vector, source = (None, None) if options.vector_cut is None else read_vector(options.vector_cut)
     if vector is not None:
@@ -132,9 +143,9 @@ def check(options: Options) -> Checked:
     if options.find_base and options.mean == 0:
         raise InputError("--find-base needs a mean above 0: there is no slice base to look for at 0")
 
-    from .loading import load_config, resolve_device, resolve_dtype
+    from .loading import load_config, load_tokenizer, resolve_device, resolve_dtype
     from .tasks import resolve_tasks
-    from .text import check_source
+    from .text import check_source, token_windows
 
     resolve_device(options.cuda_device)
     resolve_dtype(options.dtype)
@@ -145,24 +156,82 @@ def check(options: Options) -> Checked:
             check_source(options.source_for_vector, REDUNDANCY_SPLIT, options.text_column)
         if options.find_base:
             check_source(options.dataset, "validation", options.text_column)
-    config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.model, **where)
     check_positions(config, "--perplexity-length", options.perplexity_length)
+    given = vector
     if options.mean > 0:
         find_family(config)
         check_positions(config, "--calibration-length", options.calibration_length)
+        limit = _highest_cut(options, int(config.hidden_size))
         if vector is not None:
             check_vector(vector, config.num_hidden_layers)
-            vector = stretched(vector)
-        slice_widths([options.mean], config.hidden_size, multiple=options.round_interval)
-        Checked(options, config, vector, source, None).targets(vector)
+            vector = vector if (min(vector), max(vector)) == (0, 1) else normalise(vector)
+            final_slices(vector, mean=options.mean, base=0.0, limit=limit)  # of all bases the one that can do least
     tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
-    return Checked(options, config, vector, source, tasks)
+
+    tokenizer = load_tokenizer(options.model, **where)
+    how: dict[str, Any] = {"seed": options.seed, "text_column": options.text_column}
+    test = token_windows(
+        options.dataset, tokenizer, split=options.perplexity_split, length=options.perplexity_length, **how
+    )
+    calibration = None
+    if options.mean > 0:
+        calibration = token_windows(
+            options.dataset,
+            tokenizer,
+            split="train",
+            length=options.calibration_length,
+            count=options.calibration_samples,
+            **how,
+        )
+    if given is not None and vector != given:
+        print(f"note: the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]", file=sys.stderr)
+    return Checked(options, config, vector, source, tasks, test[: options.perplexity_samples], calibration)
+
+
+def _highest_cut(options: Options, hidden_size: int) -> float:
+    """The largest part of D that a layer may lose; InputError where the mean or the interval goes beyond it."""
+    interval = options.round_interval
+    if interval > hidden_size:
+        raise InputError(f"--round-interval is {interval}: it must be at most {hidden_size}, the model's hidden size")
+    highest = 1 - interval / hidden_size
+    if options.mean > highest:
+        raise InputError(
+            f"--mean is {options.mean:g}: it must be at most {hidden_size - interval}/{hidden_size}, since each layer"
+            f" keeps at least --round-interval {interval} of {hidden_size}"
+        )
+    return highest
 
 
 def at_least(limit: int, name: str, value: int | None) -> None:
     """InputError where a number is below its limit."""
     if value is not None and value < limit:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
+
+
+def check_seed(seed: int) -> None:
+    """InputError for a seed that not every generator takes: NumPy's is the narrowest."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}: it must lie in [0, {2**32 - 1}]")
+
+
+def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:
+    """InputError where a file can't be written, or its ending is none of these. Leaves nothing behind."""
+    if file is None:
+        return
+    path = Path(file)
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{flag} is {file!r}: the name must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise InputError(f"{flag} is {file!r}, a folder: give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"the folder of {flag} {file!r} is not there: make it first")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write {flag} {file!r} ({error.strerror}): choose another place") from error
 
 
 def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
@@ -183,14 +252,6 @@ def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | N
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{given[0]} holds no LR vector: give the file that --output wrote") from error
     try:
-        return [float(value) for value in given], None
+        return [float(value) for value in " ".join(given).split()], None  # also of a quoted line
     except ValueError as error:
         raise InputError(f"--vector-cut takes numbers or one .json file: {error}") from error
-
-
-def stretched(vector: list[float]) -> list[float]:
-    """The vector with ends 0 and 1; a note on stderr where that changed it."""
-    if min(vector) == 0 and max(vector) == 1:
-        return vector
-    print(f"note: the vector goes from {min(vector):g} to {max(vector):g}; normalised to [0, 1]", file=sys.stderr)
-    return normalise(vector)

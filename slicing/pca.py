@@ -4,8 +4,10 @@ import torch
 
 from .families import InputError
 
-_TOKENS = 4096  # a block's products are summed in fp32; the sum of the blocks is fp64
-_COLUMN_BLOCKS = 8
+_TOKENS = 4096  # of a block whose products are summed in fp32; the sum of the blocks is fp64
+_FP64_TOKENS = 16384
+_COLUMNS = {"cuda": 512}  # of a block of the lower triangle: wide enough to fill the device
+_CPU_COLUMNS = 128
 _DAMPING = 0.01  # of the mean of the diagonal
 
 
@@ -26,10 +28,11 @@ class Covariance:
         if self.centred:
             states = states - states.mean(-1, keepdim=True)
         states = states.reshape(-1, states.shape[-1]).to(self._sum.device)
-        for block in torch.split(states, _TOKENS):
-            if block.dtype in (torch.bfloat16, torch.float16):
+        if states.dtype in (torch.bfloat16, torch.float16):
+            for block in torch.split(states, _TOKENS):
                 self._add_low_precision(block)
-            else:
+        else:
+            for block in torch.split(states, _FP64_TOKENS):
                 self._add_lower_triangle(block.double())
 
     def _add_low_precision(self, block: torch.Tensor) -> None:
@@ -41,7 +44,7 @@ class Covariance:
 
     def _add_lower_triangle(self, block: torch.Tensor) -> None:
         size = self._sum.shape[0]
-        step = max(64, -(-size // _COLUMN_BLOCKS))
+        step = _COLUMNS.get(self._sum.device.type, _CPU_COLUMNS)
         for start in range(0, size, step):
             columns = block[:, start : start + step]
             self._sum[start:, start : start + step].addmm_(block[:, start:].T, columns)

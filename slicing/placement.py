@@ -1,10 +1,11 @@
 """Models that one GPU can't hold: they stay on the CPU, are sliced a layer at a time on the GPU, and are spread over
 the GPUs that there are to be evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 _HEADROOM = 6 * 2**30  # bytes that slicing needs beside models and activations
@@ -44,23 +45,31 @@ def on_devices(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrai
     home = next(model.parameters()).device
     if home == device:
         yield model
-        return
-    fits = device.type != "cuda" or model_bytes(model) < _ROOM * free_bytes(device)
-    try:
-        yield model.to(device) if fits else _spread(model)
-    finally:
-        if not fits:
-            from accelerate.hooks import remove_hook_from_submodules
-
-            remove_hook_from_submodules(model)
-        model.to(home)
+    elif device.type != "cuda" or model_bytes(model) < _ROOM * free_bytes(device):
+        try:
+            yield model.to(device)
+        finally:
+            model.to(home)
+    else:
+        with _spread(model, [device.index] if dist.is_initialized() else range(torch.cuda.device_count())):
+            yield model
 
 
-def _spread(model: PreTrainedModel) -> PreTrainedModel:
+@contextmanager
+def _spread(model: PreTrainedModel, gpus: Iterable[int]) -> Iterator[None]:
+    """The model on these GPUs and the CPU; several ranks of a run have a GPU each."""
     from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.hooks import remove_hook_from_submodules
+    from accelerate.utils import find_tied_parameters, retie_parameters
 
-    gpus = range(torch.cuda.device_count())
     memory: dict[int | str, int] = {gpu: int(_ROOM * free_bytes(torch.device("cuda", gpu))) for gpu in gpus}
     memory["cpu"] = 2 * model_bytes(model)  # it is there already
     layers = list(model._no_split_modules or ())
-    return dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))
+    tied = find_tied_parameters(model)
+    dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(model)
+        model.to("cpu")
+        retie_parameters(model, tied)

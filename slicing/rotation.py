@@ -202,12 +202,12 @@ class _Slicer:
         if basis is None:
             return
         if first.embedding_projection is not None:
-            first.embedding_projection.weight.copy_(basis.T)
+            _fill(first.embedding_projection.weight, basis.T)
             return
         for path in self.family.tables:
             dense, sliced = part(self.model, path).weight, part(self.sliced.model, path).weight
             for rows, target in zip(torch.split(dense, 16384), torch.split(sliced, 16384), strict=True):
-                target.copy_(self._fp64(rows) @ basis)
+                _fill(target, self._fp64(rows) @ basis)
 
     def _write_layer(self, index: int, sliced: SlicedLayer, basis: Basis, middle: Basis, following: Basis) -> None:
         dense, block = self.layers[index], sliced.block
@@ -218,9 +218,9 @@ class _Slicer:
         for path in block.mlp_out:
             self._write_writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
         if sliced.attn_shortcut is not None and basis is not None and middle is not None:
-            sliced.attn_shortcut.weight.copy_(middle.T @ basis)
+            _fill(sliced.attn_shortcut.weight, middle.T @ basis)
         if sliced.mlp_shortcut is not None:
-            sliced.mlp_shortcut.weight.copy_(_shortcut(mlp_basis, following))
+            _fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following))
 
     def _write_readers(
         self, dense: nn.Module, sliced: nn.Module, norm_path: str, paths: tuple[str, ...], basis: Basis, width: int
@@ -240,12 +240,12 @@ class _Slicer:
             axis = input_axis(owner)
             for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
                 wide = self._fp64(weight)
-                filled.copy_(wide @ rotation if axis == -1 else rotation.T @ wide)
+                _fill(filled, wide @ rotation if axis == -1 else rotation.T @ wide)
                 if getattr(target, "bias", None) is not None:
-                    bias = 0.0 if owner.bias is None else self._fp64(owner.bias)
+                    bias = torch.zeros_like(rotation[0, 0]) if owner.bias is None else self._fp64(owner.bias)
                     if shift is not None:
                         bias = bias + (wide @ self._fp64(shift) if axis == -1 else self._fp64(shift) @ wide)
-                    target.bias.copy_(bias)
+                    _fill(target.bias, bias)
 
     def _write_writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis, width: int) -> None:
         """E^T W, and E^T b where there is a bias."""
@@ -256,12 +256,17 @@ class _Slicer:
         target, _ = matrix(sliced, path)
         for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
             wide = self._fp64(weight)
-            filled.copy_(basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
+            _fill(filled, basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
         if getattr(owner, "bias", None) is not None:
-            target.bias.copy_(basis.T @ self._fp64(owner.bias))
+            _fill(target.bias, basis.T @ self._fp64(owner.bias))
 
     def _fp64(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().to(self.work_device).double()
+
+
+def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Cast before the copy: on another device fp64 numbers would take four times as long to get there."""
+    target.copy_(value.to(target.dtype))
 
 
 def _shortcut(source: Basis, target: Basis) -> torch.Tensor:

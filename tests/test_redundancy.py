@@ -239,5 +239,5 @@ def test_a_model_without_a_list_of_layers_is_an_error():
     model = random_model("llama")
     model.config.model_type = "unheard_of"
     model.config.num_hidden_layers = LAYERS + 1
-    with pytest.raises(InputError, match="no list of 4 decoder layers in LlamaForCausalLM: add a row to families.py"):
+    with pytest.raises(InputError, match=r"no list of 4 decoder layers in LlamaForCausalLM: add a row to families\.py"):
         layer_redundancy(model, windows(2, 8))

@@ -111,7 +111,7 @@ def random_model(
     model_type, defaults = CASES[case]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(defaults | {"tie_word_embeddings": tied} | settings))
-    # grouped products of experts know neither fp64 nor odd widths
+    # the default, one grouped product of all experts, has no fp64
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     family = FAMILIES[model_type]
     tables = {id(part(model, path).weight) for path in family.tables}
@@ -152,7 +152,7 @@ def live_in(model: PreTrainedModel, subspace: torch.Tensor) -> None:
 
 
 def output_axis(owner: torch.nn.Module) -> int:
-    """The axis of a matrix that runs over its outputs."""
+    """The axis of a matrix that runs over its outputs: the other one of the last two."""
     return -3 - input_axis(owner)
 
 

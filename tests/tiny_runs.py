@@ -3,6 +3,7 @@
 A process of its own is forked from a server that has imported everything, so that a test can start and kill many.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny_models import random_model
@@ -46,16 +48,16 @@ def write_model(folder: Path, **settings: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     model = random_model("llama", dtype=torch.float32, vocab_size=304, max_position_embeddings=256, **settings)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(0.1)  # perplexities of some hundreds
+        model.get_output_embeddings().weight.mul_(0.3)  # perplexities of some hundreds
     model.save_pretrained(folder)
 
 
 class Runs:
     """A model, a text, and runs on them with results below `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder, self.model = folder, folder / "model"
-        write_model(self.model)
+        write_model(self.model, **settings)
         self.text = write_text(folder / "text", train=600, validation=300, test=320)
 
     def arguments(self, output: str, *more: str, mean: float = 0.3, step: float = 0.1) -> list[str]:
@@ -67,9 +69,13 @@ class Runs:
             given += ["--vector-cut", *VECTOR]
         return [*given, *more]
 
-    def run(self, output: str, *more: str, **numbers: float) -> tuple[Path, Results]:
-        """A run in this process: its folder and what it wrote, which the schema must know."""
-        assert script.main(self.arguments(output, *more, **numbers)) == 0
+    def run(self, output: str, *more: str, plots: bool = False, **numbers: float) -> tuple[Path, Results]:
+        """A run in this process: its folder and what it wrote, which the schema must know. Plots take a second."""
+        with contextlib.ExitStack() as stack:
+            if not plots:
+                for name in ("plot_sweep", "plot_redundancy"):
+                    stack.enter_context(mock.patch(f"slicing.report.{name}"))
+            assert script.main(self.arguments(output, *more, **numbers)) == 0
         return self.found(output)
 
     def found(self, output: str) -> tuple[Path, Results]:
@@ -77,24 +83,40 @@ class Runs:
         (folder,) = (self.folder / output).iterdir()
         return folder, read_results(folder)
 
-    def start(self, output: str, *more: str, **numbers: float) -> BaseProcess:
+    def start(
+        self, output: str, *more: str, environment: dict[str, str] | None = None, **numbers: float
+    ) -> BaseProcess:
         """A run in a process of its own; stdout, stderr and a line for each point begun go to files in `folder`."""
-        process: BaseProcess = _SERVER.Process(
-            target=_serve, args=(str(self.folder / output), self.arguments(output, *more, **numbers))
-        )
-        process.start()
+        arguments = (str(self.folder / output), self.arguments(output, *more, **numbers), environment or {})
+        process: BaseProcess = _SERVER.Process(target=_serve, args=arguments)
+        path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+        with mock.patch.dict(os.environ, PYTHONPATH=path):  # the first one starts the server, which imports this file
+            process.start()
         return process
 
+    def begun(self, output: str) -> list[str]:
+        """Keys of the points that runs in processes of their own have begun, in order."""
+        log = self.folder / f"{output}.log"
+        return log.read_text().split() if log.exists() else []
 
-def _serve(output: str, arguments: list[str]) -> None:
-    """The process: log each point that is begun, run the script."""
+    def printed(self, output: str, stream: str, rank: int = 0) -> str:
+        """What the last run in a process of its own wrote to stdout or stderr."""
+        return (self.folder / f"{output}.{stream}{rank}").read_text()
+
+
+def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """The process: log each point that is begun, run the script; FAILING_RANK fails at its first point."""
+    os.environ.update(environment)
+    rank = environment.get("RANK", "0")
     log = os.open(f"{output}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_TRUNC | os.O_CREAT), stream)
+        os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_TRUNC | os.O_CREAT), stream)
     measure: Callable[..., Any] = Bench.point
 
     def logged(bench: Bench, target: Any, key: str) -> Any:
         os.write(log, f"{key}\n".encode())
+        if rank == environment.get("FAILING_RANK"):
+            raise RuntimeError("a card fell out")
         return measure(bench, target, key)
 
     Bench.point = logged  # type: ignore[method-assign]
@@ -112,6 +134,5 @@ def comparable(results: Results) -> Results:
     return copy
 
 
-os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])  # of the server
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tiny_runs", "slicing.experiment", "slicing.report", "matplotlib.figure"])

@@ -82,13 +82,13 @@ class Study:
             scores = {task: {key: score[key] for key in ("metric", "value", "stderr")} for task, score in found.items()}
         cut = 1 - slicing.count_parameters(model) / self.parameters
         row = {"name": name, "cut": cut, "perplexity": nll.mean().exp().item(), "nll": nll.tolist(), "tasks": scores}
-        print(f"{name:40s} cut {cut:6.1%}  perplexity {row['perplexity']:8.3f}", scores, file=sys.stderr, flush=True)
+        print(f"{name:50s} cut {cut:7.3%}  perplexity {row['perplexity']:8.3f}", scores, file=sys.stderr, flush=True)
         return row | more
 
     def curves(self) -> Iterator[dict[str, Any]]:
         """Every method at every mean with both calibrations, and the dense model first."""
         yield self.row("dense", self.model, tasks=True, method="dense", calibration=None, mean=0.0)
-        for calibration in CALIBRATIONS:
+        for calibration in self.options.calibrations:
             for method, (part, rotations) in METHODS.items():
                 for mean in self.options.means:
                     model = self.sliced(self.widths(mean, part * mean), rotations, calibration)
@@ -104,6 +104,7 @@ class Study:
             model = self.sliced(widths or self.widths(mean, 0.0), 1, "every-point", windows)
             return self.row(name, model, method="variation", calibration="every-point", mean=mean)
 
+        yield measure("as above")
         own = rotation._MIDDLE_WEIGHT
         for weight in (0.3, 1.0, 10.0):
             rotation._MIDDLE_WEIGHT = weight
@@ -182,6 +183,7 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
 def plot(rows: list[dict[str, Any]], path: str) -> None:
     """Perplexity over the true cut, a curve a method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -195,7 +197,8 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
             axes.plot(cuts, [row["perplexity"] for row in curve], style, marker="o", ms=4, color=colour, label=label)
     axes.axhline(rows[0]["perplexity"], color="black", lw=1, ls="--", label="dense")
     axes.set_yscale("log")
-    axes.set_yticks([20, 30, 50, 100, 200], ["20", "30", "50", "100", "200"])
+    axes.set_yticks([20, 30, 40, 50, 70, 100], ["20", "30", "40", "50", "70", "100"])
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("true cut: parameters removed (%)")
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
@@ -211,6 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", default="demo", help="as of mean_cut_accuracy_experiments.py (default: demo)")
     add("--other-text", help="a second text, for the variations of calibration")
     add("--means", type=float, nargs="+", default=[0.1, 0.2, 0.25, 0.3, 0.35, 0.4])
+    add("--calibrations", nargs="+", choices=CALIBRATIONS, default=CALIBRATIONS)
     add("--samples", type=int, default=128, help="calibration windows")
     add("--length", type=int, default=2048, help="tokens a window")
     add("--test-windows", type=int, help="the first so many windows of the test split (default: all)")
@@ -222,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--include-path")
     add("--variations", action="store_true", help="also other choices at mean 0.3")
     add("--json", help="write what was measured")
-    add("--from-json", help="measure nothing: tabulate and draw this file")
+    add("--from-json", nargs="+", help="measure nothing: tabulate and draw what these files hold together")
     add("--plot", help="draw the curves")
     return parser.parse_args(argv)
 
@@ -231,16 +235,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure or read, then print and draw."""
     options = parse(argv)
     if options.from_json:
-        rows = json.loads(Path(options.from_json).read_text())
+        rows = [row for file in options.from_json for row in json.loads(Path(file).read_text())]
     else:
         start = time.perf_counter()
         study = Study(options)
         rows = []
         for row in itertools.chain(study.curves(), study.variations() if options.variations else ()):
             rows.append(row)
-        print(f"{time.perf_counter() - start:.0f} s on {options.device}", file=sys.stderr)
-        if options.json:
-            Path(options.json).write_text(json.dumps(rows))
+            if options.json:
+                Path(options.json).write_text(json.dumps(rows))
+        print(f"{time.perf_counter() - start:.0f} s on {study.device}", file=sys.stderr)
     print("\n".join(tables(rows)))
     if options.plot:
         plot(rows, options.plot)

@@ -1,0 +1,521 @@
+"""The run as a whole: what it writes and prints, that it goes on where it stopped, that nothing is measured twice."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_model, windows
+from tiny_runs import REPOSITORY, TASKS, Runs, comparable, write_model, write_text
+
+import calculate_LR
+import mean_cut_accuracy_experiments as script
+import slicing.bench
+from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
+from slicing.bench import Bench
+from slicing.options import Options, check
+from slicing.report import equal_size_summary
+from slicing.results import Results
+from slicing.rotation import sliced_parameters
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    torch.set_num_threads(1)
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Runs) -> tuple[Path, Results]:
+    """A sweep of five points in output folder "finished"."""
+    return runs.run("finished")
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """Kinds of the points that this test measures, in order."""
+    kinds: list[str] = []
+    measure = Bench.point
+
+    def counted(bench, target, key):
+        kinds.append(target.kind)
+        return measure(bench, target, key)
+
+    monkeypatch.setattr(Bench, "point", counted)
+    return kinds
+
+
+def points(results: Results, kind: str) -> list[dict]:
+    return [point for point in results["points"] if point["kind"] == kind]
+
+
+# ---- what a sweep writes and prints
+
+
+def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slicing_then_15_more(runs, capsys):
+    folder, results = runs.run("sweep", step=0.02, plots=True)
+    first, constant, *dynamic = results["points"]
+    assert (first["kind"], first["base"], constant["base"], constant["amount"]) == ("dense", None, 0.3, 0)
+    assert [point["base"] for point in dynamic] == pytest.approx([0.3 - 0.02 * k for k in range(1, 16)])
+    assert {path.name for path in folder.iterdir()} == {
+        "points",
+        "results.csv",
+        "results.json",
+        "sweep.png",
+        "redundancy.png",
+    }
+    assert len(list(csv.DictReader((folder / "results.csv").open()))) == 17
+    printed = capsys.readouterr()
+    rows = [line.split()[0] for line in printed.out.splitlines() if line.split()[0] in ("dense", "constant", "dynamic")]
+    assert rows == ["dense", "constant", *["dynamic"] * 15]
+    assert "%|" not in printed.out
+    assert "points" in printed.err
+
+
+def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypatch):
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
+    assert comparable(found[0]) == comparable(found[1])
+    assert found[0]["redundancy"]["cosine"] is not None
+
+
+def test_tasks_are_scored_at_every_point(runs, capsys):
+    tasks = ("--tasks", "tiny_endings", "tiny_colours", "--include-path", str(TASKS), "--accuracy-limit", "5")
+    _, results = runs.run("tasks", *tasks, step=0.3, plots=True)
+    for point in results["points"]:
+        scores = [point["tasks"][name] for name in ("tiny_endings", "tiny_colours")]
+        assert [score["documents"] for score in scores] == [5, 5]
+        assert point["mean_accuracy"] == sum(score["value"] for score in scores) / 2
+        assert point["seconds"]["tasks"] > 0
+    assert "tiny_endings" in capsys.readouterr().out
+
+
+# ---- what is reused
+
+
+def test_the_same_command_again_measures_nothing_and_gives_the_same(runs, finished, measured, capsys):
+    assert comparable(runs.run("finished", "--quiet")[1]) == comparable(finished[1])
+    assert runs.run("finished", "--offload")[1]["points"] == finished[1]["points"]
+    assert measured == []
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows.count("dynamic") == 6
+
+
+def test_fresh_starts_over(runs, measured):
+    runs.run("fresh", step=0.3)
+    folder, _ = runs.run("fresh", "--fresh", step=0.3)
+    assert measured == ["dense", "sweep", "sweep"] * 2
+    assert len(list((folder / "points").iterdir())) == 3
+
+
+def test_points_stay_when_a_comparison_or_models_are_asked_for_later(runs, measured):
+    folder, _ = runs.run("later", step=0.3)
+    measured.clear()
+    again, results = runs.run("later", "--compare", "equal-parameters", "--save-model", "all", step=0.3)
+    assert again == folder
+    assert measured == ["equal-parameters"]
+    assert len(list((folder / "models").iterdir())) == 3
+    assert len(results["points"]) == 4
+
+
+def keys(options: Options) -> set[str]:
+    checked = check(options)
+    bench = Bench(checked, torch.device("cpu"), progress=False)
+    return {bench.point_key(target) for target in checked.targets(checked.vector)}
+
+
+@pytest.fixture(scope="module")
+def known(runs) -> tuple[Options, set[str]]:
+    """Options, and keys of their points."""
+    options = replace(
+        script.parse(runs.arguments("keys")), tasks=("tiny_endings",), include_path=str(TASKS), num_fewshot=0
+    )
+    return options, keys(options)
+
+
+CHANGES = {
+    "vector_cut": ("0", "0.5", "1"),
+    "dtype": "float64",
+    "round_interval": 4,
+    "rotations": 1,
+    "calibration": "once",
+    "calibration_samples": 9,
+    "calibration_length": 17,
+    "perplexity_split": "validation",
+    "perplexity_length": 17,
+    "perplexity_samples": 3,
+    "tasks": ("tiny_endings", "tiny_colours"),
+    "accuracy_limit": 3,
+    "num_fewshot": 1,
+    "batch_size": 2,
+    "seed": 43,
+}
+OF_SLICED_POINTS_ALONE = {"vector_cut", "round_interval", "rotations", "calibration"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_changes_numbers_never_meets_an_old_point(known, name):
+    options, old = known
+    new = keys(replace(options, **{name: CHANGES[name]}))
+    # the dense model's point, and constant slicing's, may be the same
+    expected = {"vector_cut": 2}.get(name, 1 if name in OF_SLICED_POINTS_ALONE else 0)
+    assert len(new & old) == expected
+
+
+def test_another_mean_has_the_dense_model_in_common(known):
+    options, old = known
+    assert len(keys(replace(options, mean=0.25)) & old) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"quiet": True}, {"fresh": True}, {"save_model": "all"}, {"offload": True}, {"output_dir": "elsewhere"}]
+)
+def test_a_setting_that_changes_no_number_reuses_all_points(known, change):
+    options, old = known
+    assert keys(replace(options, **change)) == old
+
+
+@pytest.mark.parametrize("changed", ["train", "test", "model", "task"])
+def test_files_with_another_content_never_meet_an_old_point(tmp_path, changed):
+    here = Runs(tmp_path)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for file in TASKS.iterdir():
+        if file.is_file():
+            (tasks / file.name).write_bytes(file.read_bytes())
+    options = script.parse(here.arguments("keys", "--tasks", "tiny_endings", "--include-path", str(tasks)))
+    old = keys(options)
+    assert keys(options) == old
+    if changed == "model":
+        write_model(here.model, seed=1)
+    elif changed == "task":
+        (tasks / "endings.jsonl").write_text('{"start": "It", "first": "is.", "second": "was.", "label": 0}\n')
+    else:
+        write_text(tmp_path / "text", seed=1, **{changed: 600})
+    assert len(keys(options) & old) == (1 if changed == "train" else 0)
+
+
+# ---- ends before its time
+
+
+def point_files(output: Path) -> dict[str, int]:
+    """Finished points: key and time of writing."""
+    return {path.stem: path.stat().st_mtime_ns for path in output.glob("*/points/[!.]*.json")}
+
+
+def test_a_run_killed_at_20_random_moments_ends_as_an_undisturbed_one_and_measures_no_point_twice(runs):
+    def start(output: str) -> BaseProcess:
+        return runs.start(output, "--quiet", "--round-interval", "2", mean=0.2, step=0.02)
+
+    for output in ("first", "undisturbed"):  # the first also waits for the server
+        begin = time.monotonic()
+        process = start(output)
+        process.join()
+        length = time.monotonic() - begin
+        assert process.exitcode == 0
+    undisturbed = comparable(runs.found("undisturbed")[1])
+    order = [point["key"] for point in undisturbed["points"]]
+    assert len(set(order)) == 12
+
+    moments = random.Random(7)
+    kills = sweeps = 0
+    left_with = set()  # numbers of finished points that kills left
+    while kills < 20:
+        output = f"killed{sweeps}"
+        sweeps += 1
+        finished: dict[str, int] = {}
+        exitcode = None
+        while exitcode != 0:
+            begun_before = len(runs.begun(output))
+            process = start(output)
+            # a run that goes on is shorter, so this covers the writing of plots as well
+            disturbed = kills < 20 and len(finished) < len(order)
+            process.join(moments.uniform(0, 0.6 * length) if disturbed else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL), runs.printed(output, "stderr")
+            assert not set(runs.begun(output)[begun_before:]) & finished.keys(), "a finished point was measured again"
+            now = point_files(runs.folder / output)
+            assert now | finished == now, "a finished point was written again"
+            finished = now
+            if exitcode != 0:
+                kills += 1
+                left_with.add(len(finished))
+            if any((runs.folder / output).glob("*/results.json")):
+                results = runs.found(output)[1]
+                assert [point["key"] for point in results["points"]] == order[: len(results["points"])]
+                assert len(results["points"]) >= len(finished) - 1
+        assert comparable(runs.found(output)[1]) == undisturbed
+    assert len(left_with) > 2, "the kills were not spread over the runs"
+
+
+def test_ctrl_c_ends_with_130_and_one_line_and_keeps_the_finished_points(runs):
+    process = runs.start("interrupted", "--quiet", "--round-interval", "1", mean=0.3, step=0.001)
+    while len(point_files(runs.folder / "interrupted")) < 3:
+        time.sleep(0.02)
+        assert process.is_alive(), runs.printed("interrupted", "stderr")
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert runs.printed("interrupted", "stderr").splitlines() == [
+        "interrupted: the finished points are kept; the same command goes on from there"
+    ]
+    files = point_files(runs.folder / "interrupted")
+    assert len(runs.found("interrupted")[1]["points"]) >= len(files) - 1 >= 2
+
+
+# ---- several ranks
+
+
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(runs: Runs, output: str, *more: str, **environment: str) -> list[int]:
+    """Exit codes of a run by two ranks."""
+    port = free_port()
+    processes = [runs.start(output, *more, environment=rank_environment(rank, port) | environment) for rank in (0, 1)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def table(printed: str) -> list[list[str]]:
+    """Rows without the last column, seconds."""
+    return [line.split()[:-1] for line in printed.splitlines()]
+
+
+def test_two_ranks_print_and_write_what_one_rank_does(runs, capsys):
+    more = ("--compare", "equal-parameters", "--round-interval", "2")
+    _, alone = runs.run("alone", *more)
+    printed = capsys.readouterr().out
+    assert run_ranks(runs, "together", *more) == [0, 0]
+    folder, together = runs.found("together")
+    assert comparable(together) == comparable(alone)
+    assert table(runs.printed("together", "stdout")) == table(printed)
+    assert (runs.printed("together", "stdout", 1), runs.printed("together", "stderr", 1)) == ("", "")
+    assert sorted(runs.begun("together")) == sorted(point["key"] for point in alone["points"])
+    assert {"results.csv", "sweep.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_rank_that_fails_ends_the_other_and_its_finished_points_are_reused(runs):
+    codes = run_ranks(runs, "failing", FAILING_RANK="1")
+    assert codes == [2, 1]
+    assert "RuntimeError: a card fell out" in runs.printed("failing", "stderr", 1)
+    assert "error: another rank of the run has ended" in runs.printed("failing", "stderr", 0)
+    finished = point_files(runs.folder / "failing")
+    assert len(finished) == 3
+    assert len(runs.found("failing")[1]["points"]) == 3
+    runs.run("failing")
+    assert point_files(runs.folder / "failing").items() >= finished.items()
+
+
+def test_torchrun_shares_out_the_points_and_quiet_leaves_stderr_empty(runs, finished):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(REPOSITORY / "mean_cut_accuracy_experiments.py"), *runs.arguments("torchrun", "--quiet")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # unset, torchrun says that it sets it
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()[3:6]] == ["dense", "constant", "dynamic"]
+    assert comparable(runs.found("torchrun")[1]) == comparable(finished[1])
+
+
+# ---- comparison at equal size
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "more"),
+    [
+        ("untied", {}, ()),
+        ("tied", {"tied": True}, ()),
+        ("one-rotation", {}, ("--rotations", "1")),
+        ("once", {}, ("--calibration", "once")),
+    ],
+)
+def test_the_comparison_at_equal_size_is_within_half_a_percent_or_one_step_of_width(tmp_path, name, settings, more):
+    here = Runs(tmp_path, **settings)
+    _, results = here.run(name, "--compare", "equal-parameters", "--round-interval", "2", *more, step=0.15, plots=True)
+    (equal,) = points(results, "equal-parameters")
+    dynamic = min(
+        (point for point in points(results, "sweep") if point["amount"] > 0), key=lambda point: point["perplexity"]
+    )
+    model, _ = load_model(str(here.model), device="cpu")
+    one_step = max(
+        abs(sliced_parameters(model, changed(equal["widths"], i, by), equal["rotations"]) - equal["parameters"])
+        for i in range(3)
+        for by in (-2, 2)
+    )
+    assert abs(equal["parameters"] - dynamic["parameters"]) <= max(0.005 * dynamic["parameters"], one_step)
+    assert equal["base"] == equal["mean"]
+    assert equal["calibration"] == dynamic["calibration"]
+    assert results["points"][-1] is equal
+    assert any(line.startswith("At equal size: Perplexity") for line in equal_size_summary(results))
+
+
+def changed(widths: list[int], index: int, by: int) -> list[int]:
+    return [min(48, width + by) if i == index else width for i, width in enumerate(widths)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rotations", [1, 2])
+@pytest.mark.parametrize("widths", [[48, 48, 48], [48, 40, 24], [16, 48, 33], [24, 24, 24]])
+def test_parameters_are_counted_without_slicing(tied, rotations, widths):
+    model = random_model("llama", tied=tied, dtype=torch.float32)
+    sliced = rotate_and_slice(model, windows(), widths, rotations=rotations)
+    assert sliced_parameters(model, widths, rotations) == count_parameters(sliced)
+
+
+# ---- search and calibration
+
+
+def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calibration_of_its_own(
+    runs, measured, monkeypatch
+):
+    tried = []
+    search = Bench.perplexity
+
+    def trial(bench: Bench, target, windows):
+        assert torch.equal(windows, bench.validation_windows())
+        assert target.calibration == "once"
+        tried.append(target.base)
+        return search(bench, target, windows)
+
+    monkeypatch.setattr(Bench, "perplexity", trial)
+    more = ("--find-base", "--compare", "equal-parameters", "--round-interval", "2")
+    _, results = runs.run("search", *more, plots=True)
+    best = min(results["search"]["trials"], key=lambda found: found["perplexity"])
+    assert results["search"]["base"] == best["base"]
+    assert results["search"]["data"]["split"] == "validation"
+    assert tried == [found["base"] for found in results["search"]["trials"]]
+    assert len(tried) > 8
+    dense, constant, confirmed = results["points"][:3]
+    assert (dense["kind"], constant["amount"], confirmed["kind"]) == ("dense", 0, "confirm")
+    assert confirmed["base"] == best["base"]
+    assert {point["calibration"] for point in results["points"][1:]} == {"every-point"}
+    assert results["data"]["perplexity"]["split"] == "test"
+
+    tried.clear()
+    measured.clear()
+    assert comparable(runs.run("search", *more)[1]) == comparable(results)
+    assert (tried, measured) == ([], [])
+
+
+def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):
+    tried = []
+    search = Bench.perplexity
+
+    def trial(bench: Bench, target, windows):
+        if len(tried) == 4:
+            raise KeyboardInterrupt
+        tried.append(target.base)
+        return search(bench, target, windows)
+
+    arguments = runs.arguments("searching", "--find-base", "--round-interval", "2")
+    monkeypatch.setattr(Bench, "perplexity", trial)
+    assert script.main(arguments) == 130
+    first = tried.copy()
+    tried.clear()
+    monkeypatch.setattr(Bench, "perplexity", lambda *given: tried.append(given[1].base) or search(*given))
+    assert script.main(arguments) == 0
+    assert not set(first) & set(tried)
+    assert [found["base"] for found in runs.found("searching")[1]["search"]["trials"]] == first + tried
+
+
+def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(runs, finished, monkeypatch):
+    passes = []
+    dense_bases = slicing.bench.dense_bases
+    monkeypatch.setattr("slicing.bench.dense_bases", lambda *a, **k: passes.append(1) or dense_bases(*a, **k))
+    _, results = runs.run("once", "--calibration", "once")
+    assert len(passes) == 1
+    every, once = finished[1]["points"], results["points"]
+    assert once[0]["nll"] == every[0]["nll"]
+    assert [point["widths"] for point in once] == [point["widths"] for point in every]
+    assert all(a["nll"] != b["nll"] for a, b in zip(once[1:], every[1:], strict=True))
+
+
+# ---- saved models
+
+
+@pytest.mark.parametrize("rotations", ["1", "2"])
+def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations):
+    folder, results = runs.run(f"save{rotations}", "--save-model", "best", "--rotations", rotations, step=0.15)
+    (saved,) = (folder / "models").iterdir()
+    best = min(points(results, "sweep"), key=lambda point: point["perplexity"])
+    assert saved.name == f"SB_{best['base']:.4f}-{best['key'][:8]}"
+    assert "base_model" in (saved / "README.md").read_text()
+    model, tokenizer = load_model(str(saved), device="cpu")
+    assert count_parameters(model) == best["parameters"]
+    test = token_windows(runs.text, tokenizer, split="test", length=16)
+    assert perplexity(model, test, progress=False) == best["perplexity"]
+
+    _, again = runs.run(f"alone{rotations}", "--model", str(saved), mean=0, plots=True)
+    (alone,) = again["points"]
+    assert (alone["kind"], alone["nll"]) == ("dense", best["nll"])
+    assert (again["model"]["model_type"], again["model"]["parameters"]) == ("sliced", best["parameters"])
+    assert again["data"]["calibration"] is None
+
+
+def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
+    folder, results = runs.run("save-all", "--save-model", "all", step=0.15)
+    names = sorted(path.name for path in (folder / "models").iterdir())
+    assert len(names) == len(results["points"]) - 1 == 3
+    shutil.rmtree(folder / "models" / names[0])
+    runs.run("save-all", "--save-model", "all", step=0.15)
+    assert sorted(path.name for path in (folder / "models").iterdir()) == names
+    cards = {(folder / "models" / name / "README.md").read_text().count("not measured") for name in names}
+    assert cards == {0}
+
+
+# ---- the vector
+
+
+def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    file = tmp_path / "lr.json"
+    lr = ["--dataset", runs.text, "--samples", "8", "--max-seq-len", "32", "--stride", "32", "--device", "cpu"]
+    assert calculate_LR.main([str(runs.model), *lr, "--output", str(file)]) == 0
+    line = capsys.readouterr().out.split()
+
+    _, measured = runs.run("measured", "--source-for-vector", runs.text, step=0.3)
+    _, from_file = runs.run("from-file", "--vector-cut", str(file), step=0.3)
+    _, pasted = runs.run("pasted", "--vector-cut", *line, step=0.3)
+    for name in ("normalised", "cosine", "stderr"):
+        assert measured["redundancy"][name] == pytest.approx(from_file["redundancy"][name], rel=1e-6)
+    assert measured["data"]["redundancy"] == from_file["data"]["redundancy"]
+    assert pasted["redundancy"]["normalised"] == pytest.approx(from_file["redundancy"]["normalised"], abs=5e-5)
+    assert (pasted["redundancy"]["cosine"], pasted["data"]["redundancy"]) == (None, None)
+
+
+def test_lr_that_was_measured_is_kept(runs, monkeypatch):
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    first = runs.run("kept", "--source-for-vector", runs.text, step=0.3)
+    monkeypatch.setattr(Bench, "redundancy", None)
+    assert comparable(runs.run("kept", "--source-for-vector", runs.text, step=0.3)[1]) == comparable(first[1])
+
+
+def test_a_vector_whose_ends_are_not_0_and_1_is_stretched_with_a_note_on_stderr(runs, capsys):
+    _, results = runs.run("stretched", "--vector-cut", "0.2", "0.5", "0.7", step=0.3)
+    assert results["redundancy"]["normalised"] == pytest.approx([0, 0.6, 1])
+    assert "note: the vector goes from 0.2 to 0.7" in capsys.readouterr().err

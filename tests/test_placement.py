@@ -1,0 +1,138 @@
+"""Where models are kept: what fits on a GPU, by arithmetic, and that all is put back."""
+
+import tempfile
+
+import accelerate
+import pytest
+import torch
+from tiny_models import random_model, windows
+
+from slicing import perplexity, rotate_and_slice
+from slicing.placement import free_bytes, model_bytes, must_offload, on_devices
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GB = 2**30
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A GPU of 80 GB with `free` bytes, of which a process may take a part."""
+    state = {"free": 80 * GB, "fraction": 1.0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"], 80 * GB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: state["fraction"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
+    return state
+
+
+def test_the_bytes_of_a_model_are_those_of_its_tensors_a_tied_table_once():
+    untied, tied = (random_model("llama", tied=tied, dtype=torch.bfloat16) for tied in (False, True))
+    numbers = sum(parameter.numel() for parameter in untied.parameters())
+    assert model_bytes(untied) == 2 * numbers + sum(4 * buffer.numel() for buffer in untied.buffers())
+    assert model_bytes(untied) - model_bytes(tied) == 2 * 96 * 48
+
+
+def test_free_memory_is_what_the_card_has_and_the_process_may_take(memory):
+    assert free_bytes(GPU) == 80 * GB
+    memory["fraction"] = 0.25
+    assert free_bytes(GPU) == 20 * GB
+    memory["allocated"] = 5 * GB
+    assert free_bytes(GPU) == 15 * GB
+    memory["free"] = 3 * GB
+    assert free_bytes(GPU) == 3 * GB
+
+
+def test_a_model_stays_on_the_cpu_where_two_of_it_and_the_activations_and_6_gb_do_not_fit(memory):
+    model = random_model("llama", dtype=torch.float32)
+    tokens = 1_000_000
+    needed = 2 * model_bytes(model) + tokens * 48 * 4 + 6 * GB
+    memory["free"] = needed
+    assert not must_offload(model, GPU, tokens)
+    memory["free"] = needed - 1
+    assert must_offload(model, GPU, tokens)
+
+
+def test_a_model_that_is_only_evaluated_needs_room_for_one(memory):
+    model = random_model("llama", dtype=torch.float32)
+    memory["free"] = model_bytes(model) + 6 * GB
+    assert not must_offload(model, GPU, 0)
+    assert must_offload(model, GPU, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_only_gpus_with_memory_of_their_own_offload(device):
+    assert not must_offload(random_model("llama"), torch.device(device), 10**15)
+
+
+def test_on_the_cpu_a_model_is_given_as_it_is():
+    model = random_model("llama")
+    with on_devices(model, CPU) as placed:
+        assert placed is model
+    assert all(parameter.device == CPU for parameter in model.parameters())
+
+
+def test_a_model_goes_to_another_device_and_comes_back_even_after_an_error():
+    model = random_model("llama", dtype=torch.float32)
+    moves = []
+    model.to = lambda place: moves.append(torch.device(place)) or model
+
+    def fail() -> None:
+        with on_devices(model, torch.device("mps")) as placed:
+            assert placed is model
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert moves == [torch.device("mps"), CPU]
+
+
+@pytest.fixture
+def cramped(monkeypatch, tmp_path):
+    """No room for the second layer and the tables: as a GPU borrows them from the CPU, here the CPU does from disk."""
+
+    def layout(model, memory, no_split_module_classes):
+        assert memory == {"cpu": 2 * model_bytes(model)}
+        assert no_split_module_classes
+        base = "model.model" if model.config.model_type == "sliced" else "model"
+        head = "model.lm_head" if model.config.model_type == "sliced" else "lm_head"
+        parts = [f"{base}.layers.{i}" for i in range(3)] + [f"{base}.norm", f"{base}.rotary_emb"]
+        lent = [f"{base}.embed_tokens", f"{base}.layers.1", head]
+        return dict.fromkeys(parts, "cpu") | dict.fromkeys(lent, "disk")
+
+    dispatch = accelerate.dispatch_model
+
+    def dispatch_to_disk(model, layout):
+        return dispatch(model, layout, offload_dir=tempfile.mkdtemp(dir=tmp_path))
+
+    monkeypatch.setattr("accelerate.dispatch_model", dispatch_to_disk)
+    monkeypatch.setattr("accelerate.infer_auto_device_map", layout)
+    monkeypatch.setattr("slicing.placement.free_bytes", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_is_spread_to_be_evaluated_is_put_back_as_it_was(tied, cramped):
+    model = random_model("llama", tied=tied, dtype=torch.float32)
+    ids = windows()
+    sliced = rotate_and_slice(model, ids, [40, 24, 32])
+    for place in (sliced, model, sliced):
+        wanted = perplexity(place, ids, progress=False)
+        with on_devices(place, GPU) as placed:
+            assert any(parameter.device.type == "meta" for parameter in placed.parameters())
+            assert perplexity(placed, ids, progress=False) == wanted
+        assert all(parameter.device == CPU for parameter in place.parameters())
+        assert (place.get_output_embeddings().weight is place.get_input_embeddings().weight) == tied
+        assert perplexity(place, ids, progress=False) == wanted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_on_the_cpu_is_sliced_on_the_gpu_and_stays_where_it_is(tied):
+    model = random_model("llama", tied=tied, dtype=torch.float32)
+    ids = windows()
+    sliced = rotate_and_slice(model, ids, [40, 24, 32], device=GPU)
+    assert {parameter.device for parameter in [*model.parameters(), *sliced.parameters()]} == {CPU}
+    expected = perplexity(rotate_and_slice(model, ids, [40, 24, 32]), ids, progress=False)
+    with on_devices(sliced, GPU) as placed:
+        assert {parameter.device for parameter in placed.parameters()} == {GPU}
+        assert perplexity(placed, ids, progress=False) == pytest.approx(expected, rel=1e-4)
+    assert {parameter.device for parameter in sliced.parameters()} == {CPU}
