@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bases import dense_bases as dense_bases
     from .evaluation import perplexity as perplexity
     from .families import InputError as InputError
     from .loading import load_model as load_model
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from .modeling import count_parameters as count_parameters
     from .redundancy import LayerRedundancy as LayerRedundancy
     from .redundancy import layer_redundancy as layer_redundancy
-    from .rotation import dense_bases as dense_bases
     from .rotation import rotate_and_slice as rotate_and_slice
     from .rotation import slice_with_bases as slice_with_bases
     from .schedule import final_slices as final_slices
@@ -27,7 +27,8 @@ _MODULES = {
     "loading": ("load_model",),
     "modeling": ("SlicedForCausalLM", "count_parameters"),
     "redundancy": ("LayerRedundancy", "layer_redundancy"),
-    "rotation": ("dense_bases", "rotate_and_slice", "slice_with_bases"),
+    "bases": ("dense_bases",),
+    "rotation": ("rotate_and_slice", "slice_with_bases"),
     "schedule": ("final_slices", "slice_widths"),
     "text": ("token_windows",),
 }

@@ -4,6 +4,7 @@ import gc
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from . import provenance
+from .bases import Bases, dense_bases
 from .evaluation import perplexity, window_nll
 from .loading import load_model
 from .model_card import write_model_card
@@ -23,7 +26,7 @@ from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Ch
 from .placement import must_offload, on_devices
 from .redundancy import layer_redundancy
 from .results import SCHEMA_VERSION, Point, Results
-from .rotation import Bases, dense_bases, rotate_and_slice, slice_with_bases
+from .rotation import rotate_and_slice, slice_with_bases
 from .store import content_key, windows_key
 from .tasks import evaluate_tasks
 from .text import token_windows
@@ -54,6 +57,7 @@ class Bench:
         if not (options.offload or must_offload(self.model, device, calibration_tokens)):
             self.model.to(device)
         self._bases: Bases | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None  # of bases that memory is too short for
         self._dependences = self._known_dependences()
 
     # ---- text
@@ -172,8 +176,17 @@ class Bench:
         if target.calibration == "every-point":
             return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
         if self._bases is None:
-            self._bases = dense_bases(self.model, self.calibration_windows, **how)
+            self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
         return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
+
+    def _bases_folder(self) -> Path | None:
+        """A folder for the bases beside the results, as long as this bench lives, where memory is short for them."""
+        config = self.checked.config
+        size = 4 * self.options.rotations * config.num_hidden_layers * config.hidden_size**2
+        if 2 * size < psutil.virtual_memory().available:
+            return None
+        self._temporary = tempfile.TemporaryDirectory(dir=self.options.output_dir, prefix=".bases-")
+        return Path(self._temporary.name)
 
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""

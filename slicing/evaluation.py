@@ -41,7 +41,7 @@ def window_nll(
     """
     table = model.get_input_embeddings()
     _check_windows(windows, table.weight.shape[0])
-    device = _input_device(table)
+    device = input_device(table)
     count, length = windows.shape
     size = first_batch(batch_size, max(1, (32_768 if is_gpu(device) else 8_192) // length))
     done: list[torch.Tensor] = []  # (B, S - 1) each, left on the device: the loop never waits for it
@@ -85,7 +85,7 @@ def _check_windows(windows: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def _input_device(table: torch.nn.Module) -> torch.device:
+def input_device(table: torch.nn.Module) -> torch.device:
     """Device of the embedding, also where accelerate keeps its weight elsewhere between calls."""
     device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
     if device is None:

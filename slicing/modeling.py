@@ -77,14 +77,12 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.parallel = is_parallel(layer, self.block)
         self.returns_tuple = returns_tuple(layer)
         self.mlp_width = width
-        if self.block.experts:  # they return the width that they read: zeros fill it up to one that fits both sides
-            fitting = 8 * math.ceil(max(width, self.next_width) / 8)  # grouped products take steps of 16 bytes
-            self.mlp_width = min(fitting, hidden_size)
+        if self.block.experts:  # they return the width that they read: zeros fill it up; grouped products take 16 bytes
+            self.mlp_width = min(8 * math.ceil(max(width, self.next_width) / 8), hidden_size)
         narrow, two_bases = width < hidden_size, config.rotations == 2 and not self.parallel
-        changes = min(width, self.next_width) < hidden_size
         self.embedding_projection = self._linear(hidden_size, width) if projected and index == 0 else None
         self.attn_shortcut = self._linear(width, width) if narrow and two_bases else None
-        self.mlp_shortcut = self._linear(width, self.next_width) if changes else None
+        self.mlp_shortcut = self._linear(width, self.next_width) if min(width, self.next_width) < hidden_size else None
         if narrow:
             self._read(family, config, width)
             if not self.parallel:
@@ -207,6 +205,7 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
             table = part(model, path)
             table.embedding_dim = config.widths[0]
             table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.widths[0]))
+            table._is_hf_initialized = False
     layers = part(model, family.layers)
     for index, layer in enumerate(layers):
         layers[index] = sliced_layer_class(layer.__class__)(layer, family, config, index, projected)
@@ -299,6 +298,7 @@ def resize(layer: nn.Module, path: str, width: int, writes: bool = False) -> Non
     axis = input_axis(owner)
     shape[-3 - axis if writes else axis] = width
     setattr(owner, name, nn.Parameter(weight.new_empty(shape)))
+    owner._is_hf_initialized = False  # a model made without a checkpoint still has to fill it
     if writes and getattr(owner, "bias", None) is not None:
         owner.bias = nn.Parameter(owner.bias.new_empty(width))
     for attribute in ("out_features", "nf", "hidden_dim") if writes else ("in_features", "nx", "hidden_dim"):

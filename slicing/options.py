@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,11 @@ def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:
     path = Path(file)
     if path.suffix.lower() not in endings:
         raise InputError(f"{flag} is {file!r}: the name must end in {' or '.join(endings)}")
-    if path.is_dir():
-        raise InputError(f"{flag} is {file!r}, a folder: give the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"the folder of {flag} {file!r} is not there: make it first")
     try:
+        if path.is_dir():
+            raise InputError(f"{flag} is {file!r}, a folder: give the name of a file")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"the folder of {flag} {file!r} is not there: make it first")
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
     except OSError as error:
@@ -246,10 +246,12 @@ def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | N
     if len(given) == 1 and given[0].endswith(".json"):
         try:
             content = json.loads(Path(given[0]).read_text(encoding="utf-8"))
+            if not isinstance(content["normalised"], list):
+                raise TypeError
             return [float(value) for value in content["normalised"]], content
         except OSError as error:
             raise InputError(f"can't read {given[0]} ({error.strerror}): give the file of --output") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{given[0]} holds no LR vector: give the file that --output wrote") from error
     try:
         return [float(value) for value in " ".join(given).split()], None  # also of a quoted line

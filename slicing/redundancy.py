@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .evaluation import evaluation_mode, input_device
 from .families import FAMILIES, InputError
 from .modeling import part
 from .schedule import normalise
@@ -69,11 +70,12 @@ def layer_redundancy(
     if windows.ndim != 2 or 0 in windows.shape:
         raise InputError(f"windows must have shape (N, S) with N and S above 0, got {tuple(windows.shape)}")
     layers = decoder_layers(model)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model.get_input_embeddings())
     tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
     start = batch_size or max(1, min(len(windows), tokens // windows.shape[1]))
     measure = find_executable_batch_size(_window_cosines, starting_batch_size=start)
-    cosines = measure(model, layers, windows, device, progress).cpu()  # (L, N)
+    with evaluation_mode(model):
+        cosines = measure(model, layers, windows, device, progress).cpu()  # (L, N)
     for index, row in enumerate(cosines):
         if not bool(torch.isfinite(row).all()):
             raise InputError(f"the activations of layer {index} are not finite: use --dtype float32 or bfloat16")

@@ -1,15 +1,13 @@
-"""Rotate and slice (SliceGPT, Ashkboos et al. 2024, section 3): one pass over the layers, with a width a layer.
+"""Rotate and slice (SliceGPT, Ashkboos et al. 2024, section 3), with a width a layer.
 
 Layer i reads the stream in the basis E_i (D, d_i), the leading eigenvectors of its input's covariance, and its MLP
-reads it in M_i (D, d_i). The pass runs the model's own layers in its own basis on a stream that is projected, x E E^T,
-where a sliced layer will read it: the same numbers, up to rounding, as the sliced layers give. So the PCA of a layer
-sees the signals of the sliced layers below it, each layer runs once, and its weights are rotated once.
+reads it in M_i (D, d_i). The bases come from one pass over the layers (bases.py); a layer's weights are rotated once,
+as soon as the basis of the next layer is known.
 """
 
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .bases import Bases, Basis, find_bases
+from .evaluation import evaluation_mode
 from .families import Block, Family, InputError, find_family
 from .modeling import (
     SlicedConfig,
@@ -25,17 +25,11 @@ from .modeling import (
     count_parameters,
     find_block,
     input_axis,
-    is_parallel,
     matrix,
     part,
     slice_modules,
 )
-from .pca import leading_eigenvectors
-from .stream import Stream, attention_step, mlp_step, on_device, parallel_step
-
-_MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
-
-Basis = torch.Tensor | None  # (D, d) fp64 with orthonormal columns; None is the model's own basis, of full width
+from .stream import Stream
 
 
 @torch.no_grad()
@@ -62,41 +56,9 @@ def rotate_and_slice(
     Raises InputError for a family that can't be sliced and for activations that are not finite.
     """
     slicer = _Slicer(model, widths, rotations, device)
-    stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
-    return slicer.slice(_bases(stream, slicer, widths), progress)
-
-
-@dataclass
-class Bases:
-    """All eigenvectors of the dense model's signals: L input bases and L middle ones (None in a parallel block), each
-    (D, D), fp32, on the CPU, leading directions first."""
-
-    rotations: int
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    middles: list[torch.Tensor | None] = field(default_factory=list)
-
-
-@torch.no_grad()
-def dense_bases(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    *,
-    rotations: int = 2,
-    batch_size: int | None = None,
-    device: torch.device | None = None,
-    progress: bool = False,
-) -> Bases:
-    """One calibration for every width: the bases of the unsliced model's signals. Arguments as in rotate_and_slice."""
-    layers = part(model, find_family(model.config).layers)
-    slicer = _Slicer(model, [model.config.hidden_size] * len(layers), rotations, device)
-    stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
-    found = Bases(rotations)
-    for basis, middle in tqdm(_bases(stream, slicer, None), total=len(layers), desc="bases", disable=not progress):
-        assert basis is not None
-        found.inputs.append(basis.float().cpu())
-        same = middle is basis
-        found.middles.append(found.inputs[-1] if same else None if middle is None else middle.float().cpu())
-    return found
+    with evaluation_mode(model):
+        stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
+        return slicer.slice(find_bases(stream, model, slicer.family, rotations, widths), progress)
 
 
 @torch.no_grad()
@@ -112,8 +74,8 @@ def slice_with_bases(
     slicer = _Slicer(model, widths, bases.rotations, device)
     hidden_size = model.config.hidden_size
 
-    def leading(basis: torch.Tensor | None, width: int) -> Basis:
-        if basis is None or width == hidden_size:
+    def leading(basis: torch.Tensor, width: int) -> Basis:
+        if width == hidden_size:
             return None
         return basis[:, :width].to(slicer.work_device).double()
 
@@ -123,51 +85,6 @@ def slice_with_bases(
             yield narrow, narrow if middle is basis else leading(middle, width)
 
     return slicer.slice(chosen(), progress)
-
-
-def _bases(stream: Stream, slicer: "_Slicer", widths: list[int] | None) -> Iterator[tuple[Basis, Basis]]:
-    """Run the stream through the layers and give (E_i, M_i) of each, in order; M_i is E_i in a block with one basis.
-
-    widths None: nothing is projected, and each basis has all D directions.
-    """
-    hidden_size, centred = slicer.hidden_size, stream.centred
-    last = len(slicer.layers) - 1
-
-    def narrow(index: int) -> bool:
-        return index <= last and (widths is None or widths[index] < hidden_size)
-
-    def find(covariance: torch.Tensor, index: int) -> torch.Tensor:
-        return leading_eigenvectors(covariance, hidden_size if widths is None else widths[index], centred=centred)
-
-    def projection(basis: Basis) -> torch.Tensor | None:
-        if basis is None or widths is None:
-            return None
-        return (basis @ basis.T).to(device=stream.device, dtype=slicer.dtype)
-
-    incoming = stream.run(0, lambda batch, args, kwargs: batch, measure=narrow(0))
-    for index in range(last + 1):
-        layer = on_device(slicer.layers[index], stream.device)
-        block = find_block(layer, slicer.family)
-        parallel = is_parallel(layer, block)
-        one_basis = parallel or slicer.rotations == 1
-        basis: Basis = None
-        if narrow(index) and one_basis and not parallel:
-            # the unsliced attention gives the middle; in a dense pass that is the step itself
-            middle = stream.run(index, attention_step(layer, block, None), measure=True, keep=widths is None)
-            basis = find(incoming.normalised() + _MIDDLE_WEIGHT * middle.normalised(), index)
-        elif narrow(index):
-            basis = find(incoming.matrix(), index)
-        middle_basis = basis
-        measure = narrow(index) and not one_basis
-        attention_done = parallel or (one_basis and widths is None)
-        if not attention_done and (measure or index < last):
-            middle = stream.run(index, attention_step(layer, block, projection(basis)), measure=measure)
-            if measure:
-                middle_basis = find(middle.matrix(), index)
-        yield basis, middle_basis
-        if index < last:  # the last layer writes in the model's own basis: its output is not needed
-            step = (parallel_step if parallel else mlp_step)(layer, block, projection(middle_basis))
-            incoming = stream.run(index, step, measure=narrow(index + 1))
 
 
 class _Slicer:

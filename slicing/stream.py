@@ -29,8 +29,9 @@ class Stream:
         family: Family,
         windows: torch.Tensor,
         batch_size: int | None,
-        device: torch.device,
+        device: torch.device | None,
     ) -> None:
+        device = torch.device(device or next(model.parameters()).device)
         if windows.ndim != 2 or 0 in windows.shape:
             raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
         tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
@@ -41,13 +42,12 @@ class Stream:
         body = _with_recorders(part(model, path), name, device)
         recorders = getattr(body, name)
         self.calls: dict[int, list[tuple[Any, Any]]] = {}  # batch size -> (args, kwargs) of every layer
-        self.buffer: torch.Tensor | None = None
         for start in range(0, len(windows), self.batch_size):
             batch = windows[start : start + self.batch_size]
             body(input_ids=batch.to(device), use_cache=False)
             hidden = recorders[0].hidden  # (B, S, D), after positions, multipliers and dropout
-            if self.buffer is None:
-                self.buffer = hidden.new_empty(len(windows), *hidden.shape[1:])
+            if start == 0:
+                self.buffer: torch.Tensor = hidden.new_empty(len(windows), *hidden.shape[1:])
             self.buffer[start : start + len(batch)] = hidden
             self.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
 
@@ -60,7 +60,6 @@ class Stream:
         keep: bool = True,
     ) -> Covariance:
         """Run `step` of layer `index` on every batch; keep what it returns in the buffer, measure its covariance."""
-        assert self.buffer is not None
         covariance = Covariance(self.buffer.shape[-1], self.device, centred=self.centred)
         for batch in torch.split(self.buffer, self.batch_size):
             args, kwargs = self.calls[len(batch)][index]

@@ -74,6 +74,13 @@ def sliced(case: str) -> SlicedForCausalLM:
     return copy.deepcopy(kept(case))
 
 
+def cast(model: SlicedForCausalLM, dtype: torch.dtype) -> SlicedForCausalLM:
+    """The model with its parameters, not its rotary frequencies, in another dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def projects(case: str) -> bool:
     """Whether the first layer projects the embeddings: those of a tied table, or of one that shapes the output."""
     return tied(case) or family_of(case).whole_tables
@@ -110,7 +117,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on-auto": {"device_map": "auto"},
     "low-memory": {"low_cpu_mem_usage": True},
     "attention": {"attn_implementation": "eager"},
-    "as-bf16": {"dtype": "bfloat16"},
     "saved-again": {},
 }
 
@@ -147,11 +153,10 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
         again = {"again": str(root / "again")} if name == "on-cpu" else {}
         folder = root / ("again" if name == "saved-again" else "llama-fp32")
         add(name, folder, llama, TRUSTED | options, **again)
-    as_bf16 = sliced("llama")
-    for parameter in as_bf16.parameters():
-        parameter.data = parameter.data.bfloat16()
-    wanted["as-bf16"] = logits(as_bf16, ids)
     add("untrusted", root / "llama-fp32", llama, {"trust_remote_code": False})
+    add("as-bf16", root / "llama-fp32", cast(llama, torch.bfloat16), TRUSTED | {"dtype": "bfloat16"})
+    gptj = new_sliced("gptj", tie=not tied("gptj"), dtype=torch.bfloat16)
+    add("as-fp32", folders["gptj-bf16"], cast(gptj, torch.float32), TRUSTED | {"dtype": "float32"})
 
     (root / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("fresh_process.py")
@@ -182,7 +187,7 @@ def test_a_saved_model_gives_the_same_bits_without_this_repository(elsewhere, ca
     assert not result["training"]
 
 
-@pytest.mark.parametrize("job", ["sharded", "on-cpu", "on-auto", "low-memory", "as-bf16"])
+@pytest.mark.parametrize("job", ["sharded", "on-cpu", "on-auto", "low-memory", "as-bf16", "as-fp32"])
 def test_loading_options_change_no_bit(elsewhere, job):
     assert elsewhere.equal(job)
     assert elsewhere.results[job]["dtypes"] == [str(torch.bfloat16 if job == "as-bf16" else torch.float32)]
@@ -404,6 +409,10 @@ def test_the_compiled_forward_is_one_graph_and_gives_the_same(case):
 # Training
 
 
+# Transformers 5.24 has another name too, 5.17 has not
+old_name = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+
+
 def train_step(model: SlicedForCausalLM) -> tuple[float, dict[str, torch.Tensor | None]]:
     """The loss and the gradients of one step, with the same dropout each time."""
     torch.manual_seed(0)
@@ -413,6 +422,7 @@ def train_step(model: SlicedForCausalLM) -> tuple[float, dict[str, torch.Tensor 
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@old_name
 @every_case
 def test_gradients_reach_every_parameter_and_checkpointing_keeps_them(case):
     model = sliced(case)
@@ -424,6 +434,7 @@ def test_gradients_reach_every_parameter_and_checkpointing_keeps_them(case):
     assert [name for name, gradient in gradients.items() if not torch.equal(gradient, checkpointed[name])] == []
 
 
+@old_name
 def test_gradient_checkpointing_runs_the_layers_a_second_time():
     model = sliced("llama")
     model.gradient_checkpointing_enable()
@@ -550,6 +561,17 @@ def test_lm_eval_takes_the_folder_with_the_models_context_length(tmp_path, case,
     assert lm.max_length == 64  # not the tokenizer's
     assert lm.backend == "causal"
     assert torch.equal(logits(lm.model, windows()), logits(kept(case), windows()))
+
+
+@each_kind
+def test_a_model_made_without_weights_starts_as_its_family_does(case):
+    config = copy.deepcopy(kept(case).config)
+    config.text_config.dtype = torch.bfloat16  # a constructor goes by the default dtype
+    torch.manual_seed(0)
+    for name, parameter in SlicedForCausalLM(config).named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.abs().max() <= 1, name
+        assert parameter.any() or name.endswith("bias")
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])

@@ -29,15 +29,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slicing import pca
+from slicing.bases import dense_bases
 from slicing.families import FAMILIES, InputError
 from slicing.modeling import SlicedForCausalLM, SlicedLayer, count_parameters, input_axis, matrix, part
 from slicing.pca import Covariance
-from slicing.rotation import dense_bases, rotate_and_slice, slice_with_bases, sliced_parameters
+from slicing.rotation import rotate_and_slice, slice_with_bases, sliced_parameters
 
 RANK = 20
 # r everywhere, and a mixture with larger widths, by whether the table is tied
 LOSSLESS = {False: ([RANK] * 3, [HIDDEN, RANK, 32]), True: ([RANK] * 3, [RANK, 32, HIDDEN])}
-NARROW = [16, 24, 12]  # below the rank of the stream
+NARROW = [16, 21, 12]  # below the rank of the stream, not all multiples of 8
 PARALLEL = {
     "stablelm-parallel",
     "gpt_neox",
@@ -102,7 +103,7 @@ def narrow_layers(sliced: SlicedForCausalLM) -> Iterator[tuple[SlicedLayer, int,
 def matrices_of(case: str, layer: SlicedLayer, width: int, following: int) -> list[tuple[str, bool, int]]:
     """Each matrix on the stream: its path, whether it writes, and how much of the stream it should read or write."""
     block = layer.block
-    experts = max(width, following)  # experts return the width that they read
+    experts = min(8 * math.ceil(max(width, following) / 8), HIDDEN)  # they return the width that they read
     return [
         *((path, False, width) for path in block.attention_in),
         *((path, False, experts if block.experts else width) for path in block.mlp_in),
@@ -262,7 +263,7 @@ def test_parameters_of_a_sliced_llama_are_those_counted_by_hand(rotations):
     keys = HIDDEN // 2  # two of four heads
     for tied in (False, True):
         wanted = VOCAB * HIDDEN + HIDDEN + (HIDDEN if tied else VOCAB) * 16  # head, final norm, projection or table
-        for width, following in ((16, 24), (24, 12), (12, HIDDEN)):
+        for width, following in ((16, 21), (21, 12), (12, HIDDEN)):
             wanted += (HIDDEN + 2 * keys) * (width + 1)  # q, k, v with their biases
             wanted += width * (HIDDEN + 1)  # o
             wanted += 2 * INNER * (width + 1)  # gate, up
@@ -277,8 +278,7 @@ def test_parameters_of_a_sliced_llama_are_those_counted_by_hand(rotations):
 def test_parameters_of_a_sliced_mixtral_are_those_counted_by_hand(rotations):
     keys, experts = HIDDEN // 2, 4
     wanted = VOCAB * HIDDEN + HIDDEN + VOCAB * 16  # head, final norm, table
-    for width, following in ((16, 24), (24, 12), (12, HIDDEN)):
-        wider = max(width, following)
+    for width, following, wider in ((16, 21, 24), (21, 12, 24), (12, HIDDEN, HIDDEN)):  # experts in steps of 8
         wanted += (2 * HIDDEN + 2 * keys) * width  # q, k, v, o
         wanted += experts * wider  # router
         wanted += experts * 3 * INNER * wider
@@ -459,6 +459,18 @@ def test_bases_of_the_dense_model_slice_to_the_rank_of_its_stream_without_loss(c
     sliced = slice_with_bases(model, bases, [RANK, HIDDEN, 28])
     assert sliced.config.rotations == rotations
     assert relative_error(logits(sliced, windows()), wanted) < TOLERANCE["fp32 bases"]
+
+
+@pytest.mark.parametrize("case", ["llama", "falcon"])
+@one_or_two
+def test_bases_held_in_files_are_those_held_in_memory(case, rotations, tmp_path):
+    model, _ = full_rank(case)
+    wanted = dense_bases(model, windows(2), rotations=rotations)
+    found = dense_bases(model, windows(2), rotations=rotations, folder=tmp_path)
+    for kept, basis in zip((*found.inputs, *found.middles), (*wanted.inputs, *wanted.middles), strict=True):
+        assert torch.equal(kept, basis)
+    count = 2 * LAYERS if rotations == 2 and case not in PARALLEL else LAYERS
+    assert [file.stat().st_size for file in tmp_path.iterdir()] == [4 * HIDDEN * HIDDEN] * count
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "falcon", "mixtral"])

@@ -143,6 +143,7 @@ LR_CASES = {
     "a fraction of a window": (["--samples", "1.5"], "--samples: invalid int value: '1.5'"),
     "an unknown flag": (["--sample-count", "4"], "unrecognized arguments: --sample-count 4; see --help"),
     "a shortened flag": (["--sample", "4"], "unrecognized arguments: --sample 4"),
+    "a flag of two lines": (["--x\ny"], "unrecognized arguments: --x y"),
     "a flag without its value": (["--output"], "--output: expected one argument"),
     "output in a missing folder": (["--output", "no/lr.json"], "--output 'no/lr.json' is not there: make it first"),
     "output that is no JSON": (["--output", "lr.txt"], "--output is 'lr.txt': the name must end in .json"),
@@ -213,9 +214,19 @@ def test_missing_arguments_are_named(run, script):
     is_one_line(run(script, []), "the following arguments are required: .*model")
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", "[0, 0.5, 1]", '{"cosine": [0, 0.5, 1]}', '{"normalised": ["low", null, 1]}', "\x00", "{}"]
-)
+NO_VECTORS = {
+    "a folder": None,
+    "empty": "",
+    "no object": "[0, 0.5, 1]",
+    "without the key": '{"cosine": [0, 0.5, 1]}',
+    "no list": '{"normalised": "011"}',
+    "no numbers": '{"normalised": ["low", null, 1]}',
+    "no JSON": "\x00",
+    "too deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", NO_VECTORS.values(), ids=NO_VECTORS)
 def test_a_vector_file_without_a_vector_is_refused(refused, here, content):
     if content is None:
         (here / "lr.json").mkdir()

@@ -19,6 +19,7 @@ import torch
 from tiny_models import random_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 import mean_cut_accuracy_experiments as script
 from slicing.bench import Bench
@@ -72,6 +73,7 @@ class Runs:
     def run(self, output: str, *more: str, plots: bool = False, **numbers: float) -> tuple[Path, Results]:
         """A run in this process: its folder and what it wrote, which the schema must know. Plots take a second."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ))  # --quiet sets a variable
             if not plots:
                 for name in ("plot_sweep", "plot_redundancy"):
                     stack.enter_context(mock.patch(f"slicing.report.{name}"))
@@ -120,6 +122,8 @@ def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> No
         return measure(bench, target, key)
 
     Bench.point = logged  # type: ignore[method-assign]
+    if "--quiet" in arguments or rank != "0":
+        disable_progress_bar()  # TQDM_DISABLE, which the script sets, is read when tqdm is imported: here long ago
     torch.set_num_threads(1)
     sys.exit(script.main(arguments))
 

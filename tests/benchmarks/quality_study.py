@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 import slicing
-from slicing import rotation
+from slicing import bases
+from slicing.bases import Bases, dense_bases
 from slicing.evaluation import window_nll
 from slicing.results import paired_standard_error
-from slicing.rotation import Bases, dense_bases, rotate_and_slice, slice_with_bases
+from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.tasks import evaluate_tasks, resolve_tasks
 
 METHODS = {  # name -> (slice base as a part of the mean, rotations)
@@ -105,11 +106,11 @@ class Study:
             return self.row(name, model, method="variation", calibration="every-point", mean=mean)
 
         yield measure("as above")
-        own = rotation._MIDDLE_WEIGHT
+        own = bases.MIDDLE_WEIGHT
         for weight in (0.3, 1.0, 10.0):
-            rotation._MIDDLE_WEIGHT = weight
+            bases.MIDDLE_WEIGHT = weight
             yield measure(f"weight of the middle's covariance {weight:g}")
-        rotation._MIDDLE_WEIGHT = own
+        bases.MIDDLE_WEIGHT = own
         for multiple in (1, 32, 64):
             yield measure(f"widths in multiples of {multiple}", self.widths(mean, 0.0, multiple=multiple))
         on_calibration = self.measure_redundancy(self.calibration[:, :1024])

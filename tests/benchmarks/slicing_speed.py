@@ -24,17 +24,18 @@ from timing import Table, machine, plain_forward, print_heading, timed, timed_pa
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicing import pca, rotation
+from slicing import bases, pca, rotation
+from slicing.bases import dense_bases
 from slicing.evaluation import window_nll
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
-from slicing.rotation import dense_bases, rotate_and_slice, slice_with_bases
+from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.store import write_json
 
 WARM_UP = 8  # windows
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "covariances": [(pca.Covariance, "add")],
-    "eigenvectors": [(rotation, "leading_eigenvectors")],
+    "eigenvectors": [(bases, "leading_eigenvectors")],
     "weights": [(rotation._Slicer, "_write_embedding"), (rotation._Slicer, "_write_layer")],
 }
 REST = "forward, all else"

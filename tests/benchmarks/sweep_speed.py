@@ -19,9 +19,10 @@ from shapes import SlicingOptions, option, parse, random_model, random_windows, 
 from timing import Table, machine, print_heading, timed
 from transformers import PreTrainedModel
 
+from slicing.bases import dense_bases
 from slicing.evaluation import window_nll
 from slicing.modeling import count_parameters
-from slicing.rotation import dense_bases, rotate_and_slice, slice_with_bases
+from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.schedule import sweep_amounts
 from slicing.store import write_json
 
