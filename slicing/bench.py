@@ -22,7 +22,7 @@ from .evaluation import perplexity, window_nll
 from .loading import load_model
 from .model_card import write_model_card
 from .modeling import count_parameters
-from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Checked, Target
+from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Checked, Target, positions_of
 from .placement import must_offload, on_devices
 from .redundancy import layer_redundancy
 from .results import SCHEMA_VERSION, Point, Results
@@ -68,13 +68,10 @@ class Bench:
         return windows[: self.options.perplexity_samples]
 
     def redundancy_windows(self) -> torch.Tensor:
-        """The windows (N, S) that LR is measured on."""
+        """The windows (N, S) that LR is measured on, shorter where the model has fewer positions."""
+        length = min(REDUNDANCY_LENGTH, positions_of(self.checked.config) or REDUNDANCY_LENGTH)
         return self._windows(
-            self.options.source_for_vector,
-            REDUNDANCY_SPLIT,
-            length=REDUNDANCY_LENGTH,
-            count=REDUNDANCY_WINDOWS,
-            stride=REDUNDANCY_LENGTH,
+            self.options.source_for_vector, REDUNDANCY_SPLIT, length=length, count=REDUNDANCY_WINDOWS, stride=length
         )
 
     def _windows(self, source: str, split: str, **which: Any) -> torch.Tensor:

@@ -140,8 +140,10 @@ def check(options: Options) -> Checked:
     vector, source = (None, None) if options.vector_cut is None else read_vector(options.vector_cut)
     if vector is not None:
         check_vector(vector)
-    if options.find_base and options.mean == 0:
-        raise InputError("--find-base needs a mean above 0: there is no slice base to look for at 0")
+    if options.mean == 0:
+        for flag, wanted in (("find-base", False), ("compare", "none"), ("save-model", "none")):
+            if getattr(options, flag.replace("-", "_")) != wanted:
+                raise InputError(f"--{flag} needs a mean above 0, got --mean 0: nothing is sliced at 0")
 
     from .loading import load_config, load_tokenizer, resolve_device, resolve_dtype
     from .tasks import resolve_tasks
@@ -234,9 +236,15 @@ def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:
         raise InputError(f"can't write {flag} {file!r} ({error.strerror}): choose another place") from error
 
 
+def positions_of(config: "PretrainedConfig") -> int | None:
+    """How many tokens a model was made for, where its config says so."""
+    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
 def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
     """InputError where windows are longer than the positions that a model was made for."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and length > positions:
         raise InputError(f"{flag} is {length}, the model has {positions} positions: choose {positions} or less")
 

@@ -80,7 +80,8 @@ def layer_redundancy(
         if not bool(torch.isfinite(row).all()):
             raise InputError(f"the activations of layer {index} are not finite: use --dtype float32 or bfloat16")
     cosine = cosines.mean(1)
-    stderr = cosines.std(1) / len(windows) ** 0.5
+    deviation = cosines.std(1) if len(windows) > 1 else torch.full_like(cosine, math.nan)
+    stderr = deviation / len(windows) ** 0.5
     return LayerRedundancy(cosine, stderr, torch.tensor(normalise(cosine.tolist()), dtype=torch.float64))
 
 
