@@ -25,8 +25,6 @@ class Covariance:
     def add(self, states: torch.Tensor) -> None:
         """Add tokens (..., D). bf16 and fp16 products are exact in fp32 and are summed there over blocks of at most
         4,096 tokens; fp32 and fp64 ones are fp64 products, of the lower triangle only."""
-        if self.centred:
-            states = states - states.mean(-1, keepdim=True)
         states = states.reshape(-1, states.shape[-1]).to(self._sum.device)
         if states.dtype in (torch.bfloat16, torch.float16):
             for block in torch.split(states, _TOKENS):
@@ -50,8 +48,9 @@ class Covariance:
             self._sum[start:, start : start + step].addmm_(block[:, start:].T, columns)
 
     def matrix(self) -> torch.Tensor:
-        """The sum (D, D), fp64, symmetric."""
-        return self._sum.tril() + self._sum.tril(-1).T
+        """The sum (D, D), fp64, symmetric; with `centred` C S C."""
+        matrix = self._sum.tril() + self._sum.tril(-1).T
+        return _centre(_centre(matrix).T) if self.centred else matrix
 
     def normalised(self) -> torch.Tensor:
         """The sum (D, D) over its trace, fp64."""

@@ -120,13 +120,15 @@ def _window_cosines(
 
 
 def _cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """cos of each token's states, (B, S, D) twice -> (B, S), in fp32; the norms need no fp32 copy of the states."""
+    """cos of each token's states, (B, S, D) twice -> (B, S), in fp32 at least; 0 where a state is zero.
+
+    The norms need no fp32 copy of the states.
+    """
     after = after.to(before.device)
-    dot = (before.float() * after).sum(-1)
-    norms = torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32) * torch.linalg.vector_norm(
-        after, dim=-1, dtype=torch.float32
-    )
-    cosine: torch.Tensor = dot / norms
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    dot = (before.to(dtype) * after).sum(-1)
+    norms = torch.linalg.vector_norm(before, dim=-1, dtype=dtype) * torch.linalg.vector_norm(after, dim=-1, dtype=dtype)
+    cosine: torch.Tensor = dot / norms.clamp_min(torch.finfo(dtype).tiny)
     return cosine
 
 

@@ -118,6 +118,11 @@ def make_run(
             "cosine": [0.5 + 0.4 * lr for lr in redundancy],
             "stderr": [0.004] * len(redundancy),
         },
+        "search": {
+            "base": 0.1,
+            "data": text | {"split": "validation"},
+            "trials": [{"base": 0.1, "perplexity": dense * 2}, {"base": 0.2, "perplexity": dense * 3}],
+        },
         "points": points,
     }
 
