@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import evaluation_mode, input_device
+from .evaluation import evaluation_mode, first_batch, input_device
 from .families import FAMILIES, InputError
 from .modeling import part
 from .schedule import normalise
@@ -72,7 +72,7 @@ def layer_redundancy(
     layers = decoder_layers(model)
     device = input_device(model.get_input_embeddings())
     tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
-    start = batch_size or max(1, min(len(windows), tokens // windows.shape[1]))
+    start = first_batch(batch_size, max(1, min(len(windows), tokens // windows.shape[1])))
     measure = find_executable_batch_size(_window_cosines, starting_batch_size=start)
     with evaluation_mode(model):
         cosines = measure(model, layers, windows, device, progress).cpu()  # (L, N)
