@@ -585,3 +585,20 @@ def test_experts_run_grouped_at_any_width(case):
 def test_slicing_a_sliced_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="unknown model family 'sliced'"):
         rotate_and_slice(kept("llama"), windows(), WIDTHS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_of_one_rotation_is_loaded_as_it_was_and_generates_the_same_without_a_cache(case, tmp_path):
+    dense = random_model(case, tied=tied(case), dtype=torch.float32)
+    model = rotate_and_slice(dense, windows(), WIDTHS, rotations=1)
+    if family_of(case).blocks[0].experts:
+        model.set_experts_implementation({"text_config": "grouped_mm"})
+    model.save_pretrained(tmp_path)
+    loaded = SlicedForCausalLM.from_pretrained(tmp_path)
+    ids = windows(2)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    with_cache, without = (
+        loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert torch.equal(with_cache, without)
