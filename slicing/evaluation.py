@@ -147,6 +147,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def windows_at_once(device: torch.device, length: int) -> int:
+    """How many windows of `length` tokens a pass over the decoder layers, without a head, runs at once."""
+    return max(1, (16_384 if device.type == "cuda" else 4_096) // length)
+
+
 def first_batch(given: int | None, automatic: int) -> int:
     if given is not None and given < 1:
         raise InputError(f"the batch size is {given}: it must be at least 1")

@@ -15,13 +15,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import evaluation_mode, first_batch, input_device
+from .evaluation import evaluation_mode, first_batch, input_device, windows_at_once
 from .families import FAMILIES, InputError
 from .modeling import part
 from .schedule import normalise
-
-_BATCH_TOKENS = {"cuda": 16384}
-_CPU_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,7 @@ def layer_redundancy(
         raise InputError(f"windows must have shape (N, S) with N and S above 0, got {tuple(windows.shape)}")
     layers = decoder_layers(model)
     device = input_device(model.get_input_embeddings())
-    tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
-    start = first_batch(batch_size, max(1, min(len(windows), tokens // windows.shape[1])))
+    start = first_batch(batch_size, min(len(windows), windows_at_once(device, windows.shape[1])))
     measure = find_executable_batch_size(_window_cosines, starting_batch_size=start)
     with evaluation_mode(model):
         cosines = measure(model, layers, windows, device, progress).cpu()  # (L, N)

@@ -96,7 +96,6 @@ class _Slicer:
         self.rotations = rotations
         self.layers = part(model, self.family.layers)
         self.hidden_size: int = model.config.hidden_size
-        self.dtype: torch.dtype = next(self.layers.parameters()).dtype
         self.device = torch.device(device or next(self.layers.parameters()).device)
         self.work_device = torch.device("cpu") if self.device.type == "mps" else self.device  # no fp64 on mps
         self.sliced = _skeleton(model, self.family, widths, rotations)

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .evaluation import windows_at_once
 from .families import Block, Family, InputError
 from .modeling import attention_branch, mlp_branch, part, returns_tuple
 from .pca import Covariance
 
-_BATCH_TOKENS = {"cuda": 16384}
-_CPU_BATCH_TOKENS = 4096
 Step = Callable[[torch.Tensor, Any, Any], torch.Tensor]  # stream (B, S, D), a layer's args and kwargs -> stream
 
 
@@ -34,8 +33,7 @@ class Stream:
         device = torch.device(device or next(model.parameters()).device)
         if windows.ndim != 2 or 0 in windows.shape:
             raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
-        tokens = _BATCH_TOKENS.get(device.type, _CPU_BATCH_TOKENS)
-        self.batch_size = batch_size or max(1, tokens // windows.shape[1])
+        self.batch_size = batch_size or windows_at_once(device, windows.shape[1])
         self.centred = family.layer_norm
         self.device = device
         path, _, name = family.layers.rpartition(".")
