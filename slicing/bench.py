@@ -22,14 +22,13 @@ from .evaluation import perplexity, window_nll
 from .loading import load_model
 from .model_card import write_model_card
 from .modeling import count_parameters
-from .options import REDUNDANCY_LENGTH, REDUNDANCY_SPLIT, REDUNDANCY_WINDOWS, Checked, Target, positions_of
+from .options import Checked, Target
 from .placement import must_offload, on_devices
 from .redundancy import layer_redundancy
 from .results import SCHEMA_VERSION, Point, Results
 from .rotation import rotate_and_slice, slice_with_bases
 from .store import content_key, windows_key
 from .tasks import evaluate_tasks
-from .text import token_windows
 
 # Options that a point's numbers don't depend on, or that stand in its key by what they come to.
 _NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_base", "offload", "cuda_device"}
@@ -59,26 +58,6 @@ class Bench:
         self._bases: Bases | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None  # of bases that memory is too short for
         self._dependences = self._known_dependences()
-
-    # ---- text
-
-    def validation_windows(self) -> torch.Tensor:
-        """The windows (N, S) of the validation split, cut as the test windows are."""
-        windows = self._windows(self.options.dataset, "validation", length=self.options.perplexity_length)
-        return windows[: self.options.perplexity_samples]
-
-    def redundancy_windows(self) -> torch.Tensor:
-        """The windows (N, S) that LR is measured on, shorter where the model has fewer positions."""
-        length = min(REDUNDANCY_LENGTH, positions_of(self.checked.config) or REDUNDANCY_LENGTH)
-        return self._windows(
-            self.options.source_for_vector, REDUNDANCY_SPLIT, length=length, count=REDUNDANCY_WINDOWS, stride=length
-        )
-
-    def _windows(self, source: str, split: str, **which: Any) -> torch.Tensor:
-        options = self.options
-        return token_windows(
-            source, self.tokenizer, split=split, seed=options.seed, text_column=options.text_column, **which
-        )
 
     # ---- what numbers depend on
 

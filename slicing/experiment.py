@@ -137,7 +137,8 @@ class Experiment:
 
     def _measured_redundancy(self) -> dict[str, Any]:
         """LR, measured once and kept: on a GPU another time might give other last digits, and so other points."""
-        windows = self.bench.redundancy_windows()
+        windows = self.checked.redundancy_windows
+        assert windows is not None
         key = self.bench.redundancy_key(windows)
         found: dict[str, Any] | None = self.folder.read("redundancy", key)
         if found is None:
@@ -156,7 +157,8 @@ class Experiment:
     def _search(self, vector: list[float]) -> dict[str, Any]:
         """The search as results.json has it. Each trial is kept as it ends."""
         mean = self.options.mean
-        windows = self.bench.validation_windows()
+        windows = self.checked.validation_windows
+        assert windows is not None
         key = self.bench.point_key(self.checked.target(mean, 0.0, vector, kind="search"), windows)
         trials: list[dict[str, float]] = self.folder.read("search", key) or []
 

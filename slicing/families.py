@@ -31,7 +31,7 @@ class Block:
     parallel: bool | str = False  # or the layer's attribute that says so
     experts: bool = False  # the MLP's modules return the width that they read
     scale: str | None = None  # the layer's attribute that multiplies what a branch adds to the stream
-    dropout: tuple[str | None, str | None] = (None, None)  # after attention, after MLP: a module or a probability
+    dropout: tuple[str | None, str | None] = (None, None)  # after attention, after MLP: a module or probability, dotted
 
     def paths(self) -> tuple[str, ...]:
         """Every module or parameter named here."""
@@ -104,8 +104,8 @@ _FALCON: dict[str, Any] = {
     "attention_out": "self_attention.dense",
     "mlp_in": ("mlp.dense_h_to_4h",),
     "mlp_out": ("mlp.dense_4h_to_h",),
-    "dropout": ("hidden_dropout", "hidden_dropout"),
 }
+_FALCON_PARALLEL: dict[str, Any] = {"parallel": True, "dropout": ("hidden_dropout", "hidden_dropout")}
 _EXPERTS = _mlp_block(mlp_in=_EXPERTS_IN, mlp_out=("mlp.experts.down_proj",), experts=True)
 
 FAMILIES: dict[str, Family] = {
@@ -203,9 +203,9 @@ FAMILIES: dict[str, Family] = {
         layers="transformer.h",
         tables=("transformer.word_embeddings",),
         blocks=(
-            _mlp_block(**_FALCON),
-            _mlp_block(**_FALCON, mlp_norm="input_layernorm", parallel=True),
-            _mlp_block(**_FALCON, attention_norm="ln_attn", mlp_norm="ln_mlp", parallel=True),
+            _mlp_block(**_FALCON, dropout=("config.attention_dropout", "hidden_dropout")),
+            _mlp_block(**_FALCON, **_FALCON_PARALLEL, mlp_norm="input_layernorm"),
+            _mlp_block(**_FALCON, **_FALCON_PARALLEL, attention_norm="ln_attn", mlp_norm="ln_mlp"),
         ),
         layer_norm=True,
         norm_eps="eps",

@@ -63,6 +63,16 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[str(dtype)]
 
 
+def local_path(name: str) -> Path:
+    """A name as a path, with `~` the home folder. Raises InputError for one that no file or folder can have."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long; a user that is not there
+        raise InputError(f"{name[:80]!r} can't be a file or folder: {getattr(error, 'strerror', error)}") from error
+    return path
+
+
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The config of a model that `load_model` can load, without its weights.
 
@@ -151,7 +161,7 @@ def _place(name: str) -> tuple[str, str | None]:
     """What Transformers takes as a model's name, and the GGUF file in that folder if it is one."""
     if name == DEMO:
         return _demo_place()
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no GGUF file {name!r}")
@@ -237,7 +247,7 @@ def _why(what: str, error: BaseException) -> str:
 
 def _check_weights(name: str) -> None:
     """Refuse a local folder whose safetensors are not all there, before anything is read."""
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if not folder.is_dir():
         return  # a hub model
     index = folder / "model.safetensors.index.json"

@@ -285,7 +285,7 @@ def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor) -> torch.Te
 
 def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, dropout: str | None) -> torch.Tensor:
     if dropout is not None and layer.training:
-        chance = getattr(layer, dropout)
+        chance = part(layer, dropout)
         hidden = chance(hidden) if isinstance(chance, nn.Module) else nn.functional.dropout(hidden, chance)
     return hidden * getattr(layer, block.scale) if block.scale else hidden
 

@@ -88,7 +88,8 @@ class Checked:
     """Options found good, with what the checks had to read.
 
     vector: LR (L), None where it is to be measured; source: what its JSON file says of it besides.
-    test_windows, calibration_windows: token ids (N, S) each; the latter None where nothing is sliced.
+    test_windows, calibration_windows, validation_windows, redundancy_windows: token ids (N, S) each, of what
+        perplexity, slicing, --find-base and a vector that is not given are measured on; None where there is no need.
     """
 
     options: Options
@@ -97,7 +98,9 @@ class Checked:
     source: dict[str, Any] | None
     tasks: "TaskSet | None"
     test_windows: "torch.Tensor"
-    calibration_windows: "torch.Tensor | None"
+    calibration_windows: "torch.Tensor | None" = None
+    validation_windows: "torch.Tensor | None" = None
+    redundancy_windows: "torch.Tensor | None" = None
 
     @property
     def hidden_size(self) -> int:
@@ -140,6 +143,10 @@ def check(options: Options) -> Checked:
     vector, source = (None, None) if options.vector_cut is None else read_vector(options.vector_cut)
     if vector is not None:
         check_vector(vector)
+    if not options.tasks:
+        for flag in ("accuracy-limit", "num-fewshot", "include-path"):
+            if getattr(options, flag.replace("-", "_")) is not None:
+                raise InputError(f"--{flag} says how --tasks are measured: give --tasks too, or leave it out")
     if options.mean == 0:
         for flag, wanted in (("find-base", False), ("compare", "none"), ("save-model", "none")):
             if getattr(options, flag.replace("-", "_")) != wanted:
@@ -173,23 +180,32 @@ def check(options: Options) -> Checked:
     tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
 
     tokenizer = load_tokenizer(options.model, **where)
-    how: dict[str, Any] = {"seed": options.seed, "text_column": options.text_column}
-    test = token_windows(
-        options.dataset, tokenizer, split=options.perplexity_split, length=options.perplexity_length, **how
-    )
-    calibration = None
-    if options.mean > 0:
-        calibration = token_windows(
-            options.dataset,
-            tokenizer,
-            split="train",
-            length=options.calibration_length,
-            count=options.calibration_samples,
-            **how,
+
+    def windows(source: str, split: str, **which: int) -> "torch.Tensor":
+        return token_windows(
+            source, tokenizer, split=split, seed=options.seed, text_column=options.text_column, **which
         )
+
+    test = windows(options.dataset, options.perplexity_split, length=options.perplexity_length)
+    calibration = validation = redundancy = None
+    if options.mean > 0:
+        calibration = windows(
+            options.dataset, "train", length=options.calibration_length, count=options.calibration_samples
+        )
+        if options.find_base:
+            validation = windows(options.dataset, "validation", length=options.perplexity_length)
+            validation = validation[: options.perplexity_samples]
+        if vector is None:
+            length = min(REDUNDANCY_LENGTH, positions_of(config) or REDUNDANCY_LENGTH)
+            grid = {"length": length, "count": REDUNDANCY_WINDOWS, "stride": length}
+            try:
+                redundancy = windows(options.source_for_vector, REDUNDANCY_SPLIT, **grid)
+            except InputError as error:
+                raise InputError(f"can't measure LR: {error}; or give the --vector-cut of calculate_LR.py") from error
     if given is not None and vector != given:
         print(f"note: the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]", file=sys.stderr)
-    return Checked(options, config, vector, source, tasks, test[: options.perplexity_samples], calibration)
+    test = test[: options.perplexity_samples]
+    return Checked(options, config, vector, source, tasks, test, calibration, validation, redundancy)
 
 
 def _highest_cut(options: Options, hidden_size: int) -> float:

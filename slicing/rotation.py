@@ -29,7 +29,7 @@ from .modeling import (
     part,
     slice_modules,
 )
-from .stream import Stream
+from .stream import Stream, copy_of
 
 
 @torch.no_grad()
@@ -230,20 +230,11 @@ def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotatio
     config = _sliced_config(model, family, widths, rotations)
     with torch.device("meta"):
         sliced = SlicedForCausalLM(config)
-    sliced.model = _sharing_copy(model, config.text_config)
+    sliced.model = copy_of(model, known={id(model.config): config.text_config})
     slice_modules(sliced.model, config)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.eval()
     return sliced
-
-
-def _sharing_copy(model: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """A deep copy whose parameters and buffers share storage with the model's, tied ones tied."""
-    memo: dict[int, Any] = {id(model.config): config}
-    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
-    shared: PreTrainedModel = copy.deepcopy(model, memo)
-    return shared
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

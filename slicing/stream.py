@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from .families import Block, Family, InputError
 from .modeling import attention_branch, mlp_branch, part, returns_tuple
 from .pca import Covariance
 
+Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Tensor, Any, Any], torch.Tensor]  # stream (B, S, D), a layer's args and kwargs -> stream
 
 
@@ -95,8 +96,20 @@ def _with_recorders(body: nn.Module, name: str, device: torch.device) -> nn.Modu
 
 def on_device(module: nn.Module, device: torch.device) -> nn.Module:
     """The module itself if it is there, else a copy of it on the device."""
-    where = next(module.parameters()).device
-    return module if where == device else copy.deepcopy(module).to(device)
+    return module if next(module.parameters()).device == device else copy_of(module, device)
+
+
+def copy_of(module: Module, device: torch.device | None = None, known: dict[int, Any] | None = None) -> Module:
+    """A deep copy, on a device; parameters and buffers that are there (all, with None) share storage. Tied stay tied.
+
+    known: objects that the copy has in place of the module's, by the id of these.
+    """
+    memo = dict(known or {})
+    for parameter in module.parameters():
+        moved = parameter.detach().to(device=device)
+        memo[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): buffer.detach().to(device=device) for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:

@@ -1,11 +1,6 @@
 """From the name of a data set, or a text file, to windows of tokens (N, S)."""
 
 import difflib
-import gzip
-import json
-import lzma
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from slicing.families import InputError
+from slicing.loading import local_path
+from slicing.text_files import FILES, file_kind, file_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,9 +18,6 @@ if TYPE_CHECKING:
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_text"
 SPLITS = ("train", "validation", "test")
-KINDS = (".txt", ".jsonl", ".parquet")
-FILES = ".txt, .jsonl (both also .gz or .xz) or .parquet"
-PACKED = {".gz": gzip.decompress, ".xz": lzma.decompress}
 
 # English has about four characters a token, so a drawn text holds about four times the tokens that its windows need,
 # and they seldom overlap.
@@ -95,7 +89,7 @@ def check_source(source: str, split: str, text_column: str | None = None) -> Non
             without the column.
     """
     if not _is_hub(source, split):
-        _file_text(_path(source, split), text_column)
+        file_text(_path(source, split), text_column)
 
 
 def token_windows(
@@ -139,7 +133,7 @@ def token_windows(
     if _is_hub(source, split):
         text = _hub_text(source, split, None if count is None else count * step * CHARACTERS_A_TOKEN, seed)
     else:
-        text = _file_text(_path(source, split), text_column)
+        text = file_text(_path(source, split), text_column)
 
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)  # (T,)
     if len(tokens) < length:
@@ -185,100 +179,17 @@ def _is_hub(source: str, split: str) -> bool:
 
 
 def _is_file(source: str) -> bool:
-    return "/" in source or _kind(source) is not None or (source not in HUB and Path(source).exists())
-
-
-def _kind(name: str) -> str | None:
-    """The suffix that says how to read a file of this name, without that of its packing; None if unknown."""
-    stem = name.lower()
-    for packing in PACKED:
-        if stem.endswith(packing):
-            stem = stem.removesuffix(packing)
-            return next((kind for kind in KINDS if stem.endswith(kind) and kind != ".parquet"), None)
-    return next((kind for kind in KINDS if stem.endswith(kind)), None)
+    return "/" in source or file_kind(source) is not None or (source not in HUB and local_path(source).exists())
 
 
 def _path(source: str, split: str) -> Path:
     if source == DEMO:
         return DEMO_FOLDER / f"{split}.txt.xz"
-    path = Path(source.replace("{split}", split)).expanduser()
+    path = local_path(source.replace("{split}", split))
     if "{split}" in source and not path.exists():
         other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(path.name + ".gz")
         path = other if other.exists() else path
     return path
-
-
-def _file_text(path: Path, column: str | None) -> str:
-    """The whole text of a file; documents of a `.jsonl` or `.parquet` file joined by a blank line."""
-    kind = _kind(path.name)
-    if not path.exists():
-        raise InputError(f"there is no text file {str(path)!r}")
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; a text file is needed: {FILES}")
-    if kind is None:
-        raise InputError(f"the kind of the text file {str(path)!r} is unknown; known are {FILES}")
-    if kind == ".parquet":
-        documents = _parquet_documents(path, column or "text")
-    else:
-        text = _decoded(path)
-        documents = [text] if kind == ".txt" else _jsonl_documents(path, text, column or "text")
-    joined = "\n\n".join(documents)
-    if not joined.strip():
-        raise InputError(f"the text file {str(path)!r} is empty")
-    return joined
-
-
-def _decoded(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        unpack = PACKED.get(path.suffix.lower())
-        return (unpack(data) if unpack else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the text file {str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"the text file {str(path)!r} can't be read: {error}") from error
-
-
-def _jsonl_documents(path: Path, text: str, column: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): strings may hold other line ends
-        if not line.strip():
-            continue
-        where = f"line {number} of {str(path)!r}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
-        _check_column(where, column, list(row) if isinstance(row, dict) else [])
-        documents.append(_checked(where, column, row[column]))
-    return documents
-
-
-def _parquet_documents(path: Path, column: str) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    where = f"the text file {str(path)!r}"
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(where, column, file.schema_arrow.names)
-            values = file.read(columns=[column]).column(column).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} can't be read: {error}") from error
-    return [_checked(where, column, value) for value in values]
-
-
-def _check_column(where: str, column: str, there: Sequence[str]) -> None:
-    if column not in there:
-        raise InputError(
-            f"{where} has no field {column!r} but {', '.join(there) or 'none'}: name the field with the text"
-        )
-
-
-def _checked(where: str, column: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where} has {type(value).__name__} in the field {column!r}, not text")
-    return value
 
 
 def _hub_text(name: str, split: str, characters: int | None, seed: int) -> str:

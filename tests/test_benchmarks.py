@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SHAPE = {
@@ -108,3 +109,16 @@ def test_the_published_vector_is_used_as_it_is_for_32_layers_and_interpolated_fo
     assert shapes.redundancy(40)[0] == 0
     assert max(shapes.redundancy(40)) == 1
     assert shapes.redundancy(2) == [0, 1]
+
+
+def test_offload_memory_needs_a_gpu(run: Any) -> None:
+    with pytest.raises(SystemExit, match="there is no CUDA device"):
+        run("offload_memory", *TINY)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offload_memory_keeps_to_its_limit_and_gives_the_same_weights(run: Any) -> None:
+    rows, figures = run("offload_memory", *TINY, "--device", "cuda", "--share", "2000")
+    assert list(rows)[-2:] == ["on the GPU", "on the CPU"]
+    assert figures["on the CPU"]["peak_bytes"] <= figures["limit_bytes"]
+    assert figures["same_weights"]

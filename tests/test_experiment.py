@@ -83,8 +83,8 @@ def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slici
 
 
 def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypatch):
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
     found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
     assert comparable(found[0]) == comparable(found[1])
     assert found[0]["redundancy"]["cosine"] is not None
@@ -395,7 +395,7 @@ def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calib
     search = Bench.perplexity
 
     def trial(bench: Bench, target, windows):
-        assert torch.equal(windows, bench.validation_windows())
+        assert torch.equal(windows, bench.checked.validation_windows)
         assert target.calibration == "once"
         tried.append(target.base)
         return search(bench, target, windows)
@@ -490,8 +490,8 @@ def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
 
 
 def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
     file = tmp_path / "lr.json"
     lr = ["--dataset", runs.text, "--samples", "8", "--max-seq-len", "32", "--stride", "32", "--device", "cpu"]
     assert calculate_LR.main([str(runs.model), *lr, "--output", str(file)]) == 0
@@ -508,8 +508,8 @@ def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs,
 
 
 def test_lr_that_was_measured_is_kept(runs, monkeypatch):
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.bench.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
     first = runs.run("kept", "--source-for-vector", runs.text, step=0.3)
     monkeypatch.setattr(Bench, "redundancy", None)
     assert comparable(runs.run("kept", "--source-for-vector", runs.text, step=0.3)[1]) == comparable(first[1])

@@ -12,6 +12,7 @@ from slicing.placement import free_bytes, model_bytes, must_offload, on_devices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 2**30
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_model_that_is_spread_to_be_evaluated_is_put_back_as_it_was(tied, cram
         assert perplexity(place, ids, progress=False) == wanted
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_on_the_cpu_is_sliced_on_the_gpu_and_stays_where_it_is(tied):
     model = random_model("llama", tied=tied, dtype=torch.float32)
@@ -136,3 +137,19 @@ def test_a_model_on_the_cpu_is_sliced_on_the_gpu_and_stays_where_it_is(tied):
         assert {parameter.device for parameter in placed.parameters()} == {GPU}
         assert perplexity(placed, ids, progress=False) == pytest.approx(expected, rel=1e-4)
     assert {parameter.device for parameter in sliced.parameters()} == {CPU}
+
+
+@needs_gpu
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_does_not_fit_is_evaluated_on_gpu_and_cpu_and_put_back(tied, monkeypatch):
+    model = random_model("llama", tied=tied, dtype=torch.float32)
+    ids = windows()
+    monkeypatch.setattr("slicing.placement.free_bytes", lambda device: model_bytes(model))  # 80 % of it are used
+    for place in (model, rotate_and_slice(model, ids, [40, 24, 32])):
+        wanted = perplexity(place, ids, progress=False)
+        with on_devices(place, GPU) as placed:
+            assert {parameter.device.type for parameter in placed.parameters()} == {"cuda", "meta"}
+            assert perplexity(placed, ids, progress=False) == pytest.approx(wanted, rel=1e-4)
+        assert {parameter.device for parameter in place.parameters()} == {CPU}
+        assert (place.get_output_embeddings().weight is place.get_input_embeddings().weight) == tied
+        assert perplexity(place, ids, progress=False) == wanted

@@ -259,6 +259,8 @@ TEXTS = {
     ),
     "a file without the column": ("text.jsonl", b'{"body": "a"}', "no field 'text' but body: name the field"),
     "a damaged file": ("text.txt.gz", b"no gzip", "'text.txt.gz' can't be read"),
+    "a name that is too long": ("a" * 300 + ".txt", None, "'a+' can't be a file or folder: File name too long"),
+    "a user that is not there": ("~nobody-here/a.txt", None, "'~nobody-here/a.txt' can't be a file or folder"),
 }
 
 
@@ -286,12 +288,27 @@ def test_the_text_for_lr_is_checked_where_no_vector_is_given(refused, shared):
         patch.setitem(ARGUMENTS, sweep, lambda _, *more: [*command, *more])
         refused(sweep, ["--source-for-vector", "no.txt"], "there is no text file 'no.txt'")
         refused(sweep, ["--source-for-vector", "wikitext"], "unknown data set 'wikitext'")
+        wanted = "can't measure LR: .* has [0-9]+ windows of 256 tokens, .* 128 were asked for.*--vector-cut"
+        refused(sweep, ["--source-for-vector", str(shared / "text" / "{split}.txt")], wanted)
 
 
 @pytest.mark.parametrize("script", ARGUMENTS, ids=lambda script: script.__name__)
 def test_a_data_set_of_the_hub_without_a_network_is_refused(refused, here, script, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
     refused(script, ["--dataset", "wikitext2"], "'wikitext2' can't be had from Salesforce/wikitext .*check the network")
+
+
+def test_the_text_of_the_search_is_checked_before_the_model_is_loaded(refused, here, shared):
+    for split in ("train", "test"):
+        shutil.copy(shared / "text" / f"{split}.txt", here / f"{split}.txt")
+    (here / "validation.txt").write_text("the kettle")
+    wanted = r"\(validation\) has \d tokens and one window needs 16"
+    refused(sweep, ["--dataset", "{split}.txt", "--find-base"], wanted)
+
+
+@pytest.mark.parametrize("flag", ["--accuracy-limit", "--num-fewshot", "--include-path"])
+def test_options_of_tasks_are_refused_without_tasks(refused, flag):
+    refused(sweep, [flag, "5"], f"{flag} says how --tasks are measured: give --tasks too")
 
 
 def model_flag(script: Script, name: str) -> list[str]:
@@ -313,6 +330,8 @@ def with_model(script: Script, name: str, refused: Callable[..., None], message:
 NO_MODELS = {
     "no/model": "neither a local folder nor in the hub's cache, and the hub can't be reached .check the name, the netw",
     "./nowhere": "unknown model './nowhere': there is no such folder",
+    "~nobody-here/model": "can.t be a file or folder",
+    f"{'a' * 300}/b": "can.t be a file or folder: File name too long",
     ".": "the folder '.' holds no model: it has no config.json",
     "no.gguf": "there is no GGUF file 'no.gguf'",
 }

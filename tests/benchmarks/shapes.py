@@ -113,15 +113,21 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SlicingOptions(ModelOptions):
-    """What the benchmarks that slice with a calibration share."""
+    """What the benchmarks that slice share."""
 
     windows: int = option(128, "calibration windows")
     length: int = option(2048, "tokens a calibration window")
     mean: float = option(0.3, "mean cut, SP")
     round_interval: int = option(8, "widths are multiples of this")
     rotations: int = option(2, "bases a layer", choices=(1, 2))
-    calibration: str = option("every-point", "every-point, or once for a whole sweep", choices=("every-point", "once"))
     batch_size: int | None = option(None, "windows run at once (what the library chooses)", type=int)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(SlicingOptions):
+    """For either calibration."""
+
+    calibration: str = option("every-point", "every-point, or once for a whole sweep", choices=("every-point", "once"))
 
 
 def parse(kind: type[Parsed], text: str | None, argv: Sequence[str] | None) -> Parsed:

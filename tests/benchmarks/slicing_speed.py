@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
+from shapes import CalibrationOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, plain_forward, print_heading, timed, timed_parts
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ REST = "forward, all else"
 
 
 @dataclass(frozen=True)
-class Options(SlicingOptions):
+class Options(CalibrationOptions):
     """The options of this benchmark."""
 
     base: float = option(0.0, "slice base, SB; with the mean itself slicing is constant")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
+from shapes import CalibrationOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, print_heading, timed
 from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ from slicing.store import write_json
 
 
 @dataclass(frozen=True)
-class Options(SlicingOptions):
+class Options(CalibrationOptions):
     """The options of this benchmark."""
 
     step: float = option(0.02, "of the amount, SP - SB")
