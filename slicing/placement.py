@@ -22,7 +22,9 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still have on a GPU, its own limit (set_per_process_memory_fraction) included."""
     free, total = torch.cuda.mem_get_info(device)
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return min(free, limit - torch.cuda.memory_allocated(device))
+    allocated = torch.cuda.memory_allocated(device)
+    cached = torch.cuda.memory_reserved(device) - allocated  # PyTorch's own, to be used again
+    return min(free + cached, limit - allocated)
 
 
 def must_offload(model: PreTrainedModel, device: torch.device, calibration_tokens: int) -> bool:
@@ -66,10 +68,14 @@ def _spread(model: PreTrainedModel, gpus: Iterable[int]) -> Iterator[None]:
     memory["cpu"] = 2 * model_bytes(model)  # it is there already
     layers = list(model._no_split_modules or ())
     tied = find_tied_parameters(model)
+    attributes = [(module, set(vars(module))) for module in model.modules()]
     dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))
     try:
         yield
     finally:
         remove_hook_from_submodules(model)
+        for module, before in attributes:  # bound methods stay behind, which a copy of the module would run
+            for name in set(vars(module)) - before:
+                del vars(module)[name]
         model.to("cpu")
         retie_parameters(model, tied)

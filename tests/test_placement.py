@@ -8,7 +8,9 @@ import torch
 from tiny_models import random_model, windows
 
 from slicing import perplexity, rotate_and_slice
+from slicing.bases import dense_bases
 from slicing.placement import free_bytes, model_bytes, must_offload, on_devices
+from slicing.rotation import slice_with_bases
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GB = 2**30
@@ -18,10 +20,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.fixture
 def memory(monkeypatch):
     """A GPU of 80 GB with `free` bytes, of which a process may take a part."""
-    state = {"free": 80 * GB, "fraction": 1.0, "allocated": 0}
+    state = {"free": 80 * GB, "fraction": 1.0, "allocated": 0, "cached": 0}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"], 80 * GB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: state["fraction"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: state["allocated"] + state["cached"])
     return state
 
 
@@ -40,6 +43,8 @@ def test_free_memory_is_what_the_card_has_and_the_process_may_take(memory):
     assert free_bytes(GPU) == 15 * GB
     memory["free"] = 3 * GB
     assert free_bytes(GPU) == 3 * GB
+    memory["cached"] = 4 * GB
+    assert free_bytes(GPU) == 7 * GB
 
 
 def test_a_model_stays_on_the_cpu_where_two_of_it_and_the_activations_and_6_gb_do_not_fit(memory):
@@ -125,6 +130,20 @@ def test_a_model_that_is_spread_to_be_evaluated_is_put_back_as_it_was(tied, cram
         assert perplexity(place, ids, progress=False) == wanted
 
 
+@pytest.mark.parametrize("rotations", [1, 2])
+def test_a_model_that_was_spread_is_sliced_as_if_it_had_not_been(rotations, cramped):
+    model = random_model("llama", dtype=torch.float32)
+    ids, widths = windows(), [40, 24, 32]
+    wanted = perplexity(rotate_and_slice(model, ids, widths, rotations=rotations), ids, progress=False)
+    attributes = [set(vars(module)) for module in model.modules()]
+    with on_devices(model, GPU) as placed:
+        perplexity(placed, ids, progress=False)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert perplexity(rotate_and_slice(model, ids, widths, rotations=rotations), ids, progress=False) == wanted
+    bases = dense_bases(model, ids, rotations=rotations)
+    assert slice_with_bases(model, bases, widths).config.widths == widths
+
+
 @needs_gpu
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_on_the_cpu_is_sliced_on_the_gpu_and_stays_where_it_is(tied):
@@ -144,6 +163,7 @@ def test_a_model_on_the_cpu_is_sliced_on_the_gpu_and_stays_where_it_is(tied):
 def test_a_model_that_does_not_fit_is_evaluated_on_gpu_and_cpu_and_put_back(tied, monkeypatch):
     model = random_model("llama", tied=tied, dtype=torch.float32)
     ids = windows()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("slicing.placement.free_bytes", lambda device: model_bytes(model))  # 80 % of it are used
     for place in (model, rotate_and_slice(model, ids, [40, 24, 32])):
         wanted = perplexity(place, ids, progress=False)
