@@ -5,6 +5,7 @@ read it: the same numbers, up to rounding, as the sliced layers give. So the PCA
 sliced layers below it, and each layer runs once.
 """
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,8 @@ def dense_bases(
 ) -> Bases:
     """One calibration for every width: the bases of the unsliced model's signals.
 
-    folder: where files hold the bases, 4 D^2 bytes each, mapped into memory; None keeps them in memory. The other
-        arguments are as in rotate_and_slice.
+    folder: where files hold the bases, 4 D^2 bytes each, mapped into memory; None keeps them in memory. The files have
+        no name: they are gone with the bases. The other arguments are as in rotate_and_slice.
     """
     family = find_family(model.config)
     found = Bases(rotations)
@@ -56,19 +57,19 @@ def dense_bases(
         stream = Stream(model, family, windows, batch_size, device)
         pairs = find_bases(stream, model, family, rotations, None)
         layers = len(part(model, family.layers))
-        for index, (basis, middle) in enumerate(tqdm(pairs, total=layers, desc="bases", disable=not progress)):
-            found.inputs.append(_kept(basis, folder, f"input-{index}"))
-            found.middles.append(found.inputs[-1] if middle is basis else _kept(middle, folder, f"middle-{index}"))
+        for basis, middle in tqdm(pairs, total=layers, desc="bases", disable=not progress):
+            found.inputs.append(_kept(basis, folder))
+            found.middles.append(found.inputs[-1] if middle is basis else _kept(middle, folder))
     return found
 
 
-def _kept(basis: Basis, folder: Path | None, name: str) -> torch.Tensor:
+def _kept(basis: Basis, folder: Path | None) -> torch.Tensor:
     assert basis is not None
     if folder is None:
         return basis.float().cpu()
-    file = str(folder / f"{name}.f32")
-    mapped = torch.from_file(file, shared=True, size=basis.numel(), dtype=torch.float32).view(basis.shape)
-    return mapped.copy_(basis)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".basis-") as file:
+        mapped = torch.from_file(file.name, shared=True, size=basis.numel(), dtype=torch.float32)
+    return mapped.view(basis.shape).copy_(basis)
 
 
 def find_bases(
@@ -81,6 +82,7 @@ def find_bases(
     layers = part(model, family.layers)
     hidden_size, centred = stream.buffer.shape[-1], stream.centred
     last = len(layers) - 1
+    dense = widths is None
 
     def narrow(index: int) -> bool:
         return index <= last and (widths is None or widths[index] < hidden_size)
@@ -89,7 +91,7 @@ def find_bases(
         return leading_eigenvectors(covariance, hidden_size if widths is None else widths[index], centred=centred)
 
     def projection(basis: Basis) -> torch.Tensor | None:
-        if basis is None or widths is None:
+        if basis is None or dense:
             return None
         return (basis @ basis.T).to(device=stream.device, dtype=stream.buffer.dtype)
 
@@ -97,23 +99,31 @@ def find_bases(
     for index in range(last + 1):
         layer = on_device(layers[index], stream.device)
         block = find_block(layer, family)
-        parallel = is_parallel(layer, block)
-        one_basis = parallel or rotations == 1
         basis: Basis = None
-        if narrow(index) and one_basis and not parallel:
-            # the unsliced attention gives the middle; in a dense pass that is the step itself
-            middle = stream.run(index, attention_step(layer, block, None), measure=True, keep=widths is None)
-            basis = find(incoming.normalised() + MIDDLE_WEIGHT * middle.normalised(), index)
-        elif narrow(index):
-            basis = find(incoming.matrix(), index)
-        middle_basis = basis
-        measure = narrow(index) and not one_basis
-        attention_done = parallel or (one_basis and widths is None)
-        if not attention_done and (measure or index < last):
-            middle = stream.run(index, attention_step(layer, block, projection(basis)), measure=measure)
-            if measure:
-                middle_basis = find(middle.matrix(), index)
-        yield basis, middle_basis
+        middle: Basis = None
+        if is_parallel(layer, block):
+            if narrow(index):
+                basis = middle = find(incoming.matrix(), index)
+            yield basis, middle
+            rest = parallel_step(layer, block, projection(basis))
+        elif rotations == 1:
+            if narrow(index):
+                # the unsliced attention gives the middle; in a dense pass that is the step itself
+                between = stream.run(index, attention_step(layer, block, None), measure=True, keep=dense)
+                basis = middle = find(incoming.normalised() + MIDDLE_WEIGHT * between.normalised(), index)
+            yield basis, middle
+            if index < last and not dense:
+                stream.run(index, attention_step(layer, block, projection(basis)), measure=False)
+            rest = mlp_step(layer, block, projection(middle))
+        else:
+            if narrow(index):
+                basis = find(incoming.matrix(), index)
+            if narrow(index) or index < last:
+                between = stream.run(index, attention_step(layer, block, projection(basis)), measure=narrow(index))
+            if narrow(index):
+                middle = find(between.matrix(), index)
+            yield basis, middle
+            rest = mlp_step(layer, block, projection(middle))
         if index < last:  # the last layer writes in the model's own basis: its output is not needed
-            step = (parallel_step if parallel else mlp_step)(layer, block, projection(middle_basis))
-            incoming = stream.run(index, step, measure=narrow(index + 1))
+            incoming = stream.run(index, rest, measure=narrow(index + 1))
+        del layer, rest  # copies on the device, where the model is elsewhere: one at a time
