@@ -4,7 +4,8 @@ The decoder body runs once per batch and the head on chunks of tokens, so that n
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,43 +41,65 @@ def window_nll(
     tokens, a batch that does not fit and a result that is not finite.
     """
     table = model.get_input_embeddings()
-    _check_windows(windows, table.weight.shape[0])
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise InputError(
+            f"windows have shape {tuple(windows.shape)}: at least one window of at least 2 tokens is needed"
+        )
+    check_token_ids(windows, table.weight.shape[0])
     device = input_device(table)
+    automatic = max(1, (32_768 if is_gpu(device) else 8_192) // windows.shape[1])
+    with evaluation_mode(model), torch.inference_mode():
+        batches = in_batches(
+            partial(_token_nll, model),
+            windows.to(device=device, dtype=torch.long),
+            batch_size=batch_size,
+            automatic=automatic,
+            name="perplexity",
+            progress=progress,
+        )
+        nll = torch.cat(batches).cpu().double().mean(dim=1)  # (N, S - 1) -> (N,)
+    bad = (~nll.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise InputError(
+            f"window {bad[0]} has a negative log likelihood of {nll[bad[0]].item()} ({len(bad)} of {len(nll)} windows "
+            f"are not finite) with {model.dtype}: use float32 or bfloat16, and check the model's weights"
+        )
+    return nll
+
+
+def in_batches(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    windows: torch.Tensor,
+    *,
+    batch_size: int | None,
+    automatic: int,
+    name: str,
+    progress: bool,
+) -> list[torch.Tensor]:
+    """What `run` returns for each batch of windows (N, S), in order, left on its device: the loop never waits for it.
+
+    batch_size: windows a batch; None starts with `automatic` and halves when memory runs out. name: of the bar.
+    Raises InputError for a batch that does not fit.
+    """
     count, length = windows.shape
-    size = first_batch(batch_size, max(1, (32_768 if is_gpu(device) else 8_192) // length))
-    done: list[torch.Tensor] = []  # (B, S - 1) each, left on the device: the loop never waits for it
+    size = first_batch(batch_size, automatic)
+    done: list[torch.Tensor] = []
     start = 0
-    with (
-        evaluation_mode(model),
-        torch.inference_mode(),
-        tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar,
-    ):
-        ids = windows.to(device=device, dtype=torch.long)
+    with tqdm(total=count, desc=name, unit="window", disable=not progress) as bar:
         while start < count:
-            batch = ids[start : start + size]
+            batch = windows[start : start + size]
             try:
-                done.append(_token_nll(model, batch))
+                done.append(run(batch))
             except RuntimeError as error:
                 size = smaller_batch(error, len(batch), batch_size, f"windows of {length} tokens")
                 continue
             start += len(batch)
             bar.update(len(batch))
-        tokens_nll = torch.cat(done).cpu()  # (N, S - 1)
-    nll = tokens_nll.double().mean(dim=1)
-    bad = (~nll.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise InputError(
-            f"window {bad[0]} has a negative log likelihood of {nll[bad[0]].item()} ({len(bad)} of {count} windows are "
-            f"not finite) with {model.dtype}: use float32 or bfloat16, and check the model's weights"
-        )
-    return nll
+    return done
 
 
-def _check_windows(windows: torch.Tensor, vocabulary: int) -> None:
-    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError(
-            f"windows have shape {tuple(windows.shape)}: at least one window of at least 2 tokens is needed"
-        )
+def check_token_ids(windows: torch.Tensor, vocabulary: int) -> None:
+    """InputError where token ids (N, S) are not in [0, vocabulary)."""
     low, high = windows.min().item(), windows.max().item()
     if low < 0 or high >= vocabulary:
         raise InputError(
@@ -149,7 +172,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def windows_at_once(device: torch.device, length: int) -> int:
     """How many windows of `length` tokens a pass over the decoder layers, without a head, runs at once."""
-    return max(1, (16_384 if device.type == "cuda" else 4_096) // length)
+    return max(1, (16_384 if is_gpu(device) else 4_096) // length)
 
 
 def first_batch(given: int | None, automatic: int) -> int:

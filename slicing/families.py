@@ -246,7 +246,7 @@ FAMILIES: dict[str, Family] = {
 _POST_NORM = "it normalises a block's output before adding it, so no rotation passes through"
 REFUSED: dict[str, str] = dict.fromkeys(
     ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _POST_NORM
-)
+) | {"sliced": "it is sliced already, and can only be evaluated (--mean 0)"}
 
 
 def find_family(config: Any) -> Family:

@@ -5,17 +5,16 @@ model is not.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import evaluation_mode, first_batch, input_device, windows_at_once
+from .evaluation import check_token_ids, evaluation_mode, in_batches, input_device, windows_at_once
 from .families import FAMILIES, InputError
 from .modeling import part
 from .schedule import normalise
@@ -41,7 +40,10 @@ class LayerRedundancy:
     def table(self) -> str:
         """A line a layer: mean cosine, its standard error, LR."""
         rows = zip(self.cosine.tolist(), self.stderr.tolist(), self.normalised.tolist(), strict=True)
-        lines = [f"{i:5d}  {cosine:11.6f}  {error:9.6f}  {lr:.4f}" for i, (cosine, error, lr) in enumerate(rows)]
+        lines = [
+            f"{i:5d}  {cosine:11.6f}  {'-' if math.isnan(error) else f'{error:.6f}':>9}  {lr:.4f}"
+            for i, (cosine, error, lr) in enumerate(rows)
+        ]
         return "\n".join(["layer  mean cosine  std error      LR", *lines])
 
     def as_dict(self) -> dict[str, list[float] | None]:
@@ -61,17 +63,26 @@ def layer_redundancy(
     """Measure LR of a causal LM on token windows (N, S).
 
     Any decoder family is measured, those that can't be sliced too. batch_size: windows run at once; None starts with
-    what the device should hold and halves it when memory runs out. Raises InputError where an activation is not finite,
-    with the first such layer, and where no decoder layers are found.
+    what the device should hold and halves it when memory runs out. The standard error takes windows as independent: it
+    is too small where they overlap. Raises InputError where an activation is not finite, with the first such layer,
+    where no decoder layers are found or they change the stream's width (a sliced model's), and for a batch that does
+    not fit.
     """
     if windows.ndim != 2 or 0 in windows.shape:
         raise InputError(f"windows must have shape (N, S) with N and S above 0, got {tuple(windows.shape)}")
+    check_token_ids(windows, model.get_input_embeddings().weight.shape[0])
     layers = decoder_layers(model)
     device = input_device(model.get_input_embeddings())
-    start = first_batch(batch_size, min(len(windows), windows_at_once(device, windows.shape[1])))
-    measure = find_executable_batch_size(_window_cosines, starting_batch_size=start)
-    with evaluation_mode(model):
-        cosines = measure(model, layers, windows, device, progress).cpu()  # (L, N)
+    body = model.get_decoder()
+    with evaluation_mode(model), _layer_cosines(layers, device) as last:
+
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            body(input_ids=batch.to(device), use_cache=False)
+            return torch.stack(last)  # (L, B)
+
+        automatic = windows_at_once(device, windows.shape[1])
+        batches = in_batches(run, windows, batch_size=batch_size, automatic=automatic, name="LR", progress=progress)
+    cosines = torch.cat(batches, dim=1).cpu().double()  # (L, N)
     for index, row in enumerate(cosines):
         if not bool(torch.isfinite(row).all()):
             raise InputError(f"the activations of layer {index} are not finite: use --dtype float32 or bfloat16")
@@ -81,38 +92,30 @@ def layer_redundancy(
     return LayerRedundancy(cosine, stderr, torch.tensor(normalise(cosine.tolist()), dtype=torch.float64))
 
 
-def _window_cosines(
-    batch_size: int,
-    model: PreTrainedModel,
-    layers: nn.ModuleList,
-    windows: torch.Tensor,
-    device: torch.device,
-    progress: bool,
-) -> torch.Tensor:
-    """Mean cosine over the tokens of each window: (L, N) fp64 on the device."""
-    cosines = torch.empty(len(layers), len(windows), dtype=torch.float32, device=device)
-    rows = slice(0, 0)
+@contextmanager
+def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """While this lasts, a list of the last batch's cosines: for each layer the mean over the tokens, (B,) fp32."""
+    cosines = [torch.empty(0)] * len(layers)
 
     def hook(index: int) -> Callable[..., None]:
         def measure(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosines[index, rows] = _cosine(before, after).mean(-1).to(cosines.device)
+            if before.shape != after.shape:
+                raise InputError(
+                    f"layer {index} reads {before.shape[-1]} numbers and writes {after.shape[-1]}, so it has no cosine:"
+                    " measure LR on the model before it is sliced"
+                )
+            cosines[index] = _cosine(before, after).mean(-1).to(device)
 
         return measure
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        body = model.get_decoder()
-        with tqdm(total=len(windows), desc="LR", unit="window", disable=not progress) as bar:
-            for start in range(0, len(windows), batch_size):
-                rows = slice(start, start + batch_size)
-                body(input_ids=windows[rows].to(device), use_cache=False)
-                bar.update(len(windows[rows]))
+        yield cosines
     finally:
         for handle in handles:
             handle.remove()
-    return cosines.double()
 
 
 def _cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .evaluation import windows_at_once
+from .evaluation import first_batch, windows_at_once
 from .families import Block, Family, InputError
 from .modeling import attention_branch, mlp_branch, part, returns_tuple
 from .pca import Covariance
@@ -34,7 +34,7 @@ class Stream:
         device = torch.device(device or next(model.parameters()).device)
         if windows.ndim != 2 or 0 in windows.shape:
             raise InputError(f"calibration windows must have shape (N, S) with N and S above 0, got {windows.shape}")
-        self.batch_size = batch_size or windows_at_once(device, windows.shape[1])
+        self.batch_size = first_batch(batch_size, windows_at_once(device, windows.shape[1]))
         self.centred = family.layer_norm
         self.device = device
         path, _, name = family.layers.rpartition(".")

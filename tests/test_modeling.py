@@ -583,7 +583,7 @@ def test_experts_run_grouped_at_any_width(case):
 
 
 def test_slicing_a_sliced_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown model family 'sliced'"):
+    with pytest.raises(InputError, match="can't slice 'sliced': it is sliced already"):
         rotate_and_slice(kept("llama"), windows(), WIDTHS)
 
 

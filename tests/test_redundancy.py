@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from slicing.families import FAMILIES, REFUSED, InputError
 from slicing.modeling import part
 from slicing.redundancy import decoder_layers, layer_redundancy
+from slicing.rotation import rotate_and_slice
 
 TOLERANCE = 1e-6  # cosines are fp32
 # where the norm behind the last layer is; elsewhere it is model.norm
@@ -194,10 +195,17 @@ def test_measuring_leaves_the_model_as_it_was(case):
     assert torch.equal(logits(model, windows(2, 8)), wanted)
 
 
-def test_no_hook_is_left_when_the_forward_fails():
+def test_a_sliced_model_has_no_lr():
+    sliced = rotate_and_slice(random_model("llama"), windows(2, 8), [40, 32, 24])
+    with pytest.raises(InputError, match="layer 0 reads 40 numbers and writes 32, so it has no cosine"):
+        layer_redundancy(sliced, windows(2, 8))
+
+
+def test_no_hook_is_left_when_the_forward_fails(monkeypatch):
     model = random_model("llama")
-    with pytest.raises(IndexError):
-        layer_redundancy(model, torch.full((2, 8), VOCAB))
+    monkeypatch.setattr(decoder_layers(model)[1].mlp, "forward", lambda states: states[..., :7])
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        layer_redundancy(model, windows(2, 8))
     assert not any(module._forward_hooks for module in decoder_layers(model))
 
 
