@@ -3,7 +3,6 @@
 `RESULTS_SCHEMA` is the documentation and what `check_results` goes by: a key that isn't in it is an error.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from slicing.families import InputError
+from slicing.files import read_json
 
 Results = dict[str, Any]  # a results.json
 Point = dict[str, Any]  # one of its points
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS = ("dense", "sweep", "equal-parameters", "confirm")
 _TEXT = {
     "source": ("str", "data set, text file or demo"),
@@ -24,7 +24,7 @@ _TEXT = {
     "length": ("int", "tokens a window S"),
     "tokens": ("int", "N * S"),
 }
-_PARTS = ("slice", "perplexity", "tasks")
+PARTS = ("slice", "perplexity", "tasks")  # of the work on a point
 # Every key of results.json: its type and what it holds. A list's items and an object's free names (*) follow it.
 RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "schema_version": ("int", f"{SCHEMA_VERSION}"),
@@ -43,15 +43,15 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "versions.torch": ("str", ""),
     "versions.transformers": ("str", ""),
     "versions.lm_eval": ("str or null", "null where no task was evaluated"),
-    "git": ("str or null", "commit of this repository"),
+    "git": ("str or null", "commit of this repository that wrote the file last, -dirty where files differed from it"),
     "device": ("str", "name of the card, or cpu"),
-    "seed": ("int", "of the calibration windows and the chosen documents"),
+    "seed": ("int", "of the calibration windows and the examples in prompts"),
     "data": ("object", "the text"),
     "data.calibration": ("object or null", "windows that the bases come from"),
     **{f"data.calibration.{key}": entry for key, entry in _TEXT.items()},
     "data.perplexity": ("object", "windows of the perplexity"),
     **{f"data.perplexity.{key}": entry for key, entry in _TEXT.items()},
-    "data.redundancy": ("object or null", "windows of LR; null where the vector was given"),
+    "data.redundancy": ("object or null", "windows of LR; null where the vector was given as numbers"),
     **{f"data.redundancy.{key}": entry for key, entry in _TEXT.items()},
     "redundancy": ("object or null", "layer redundancy; null where nothing is sliced"),
     "redundancy.normalised": ("numbers", "LR of each layer (L)"),
@@ -66,6 +66,7 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "search.trials.perplexity": ("number", "with the bases of the dense model (calibration once)"),
     "points": ("objects", "dense, constant slicing, the amounts up to the mean, then the extra kinds"),
     "points.key": ("str", "name of the point's file"),
+    "points.git": ("str or null", "commit of this repository that measured the point"),
     "points.kind": ("str", " | ".join(KINDS)),
     "points.mean": ("number or null", "SP; null for the dense model, as are the next six"),
     "points.base": ("number or null", "SB"),
@@ -84,17 +85,17 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "points.tasks.*.value": ("number", "its value"),
     "points.tasks.*.stderr": ("number or null", "its standard error"),
     "points.tasks.*.documents": ("int", "documents evaluated"),
-    "points.mean_accuracy": ("number or null", "mean of the tasks' values"),
+    "points.mean_accuracy": ("number or null", "mean of the values that are accuracies; null where none is"),
     "points.seconds": ("object", "wall time by part"),
-    **{f"points.seconds.{part}": ("number or null", "null where the part was not run") for part in _PARTS},
-    "points.peak_memory_bytes": ("object", "highest memory by part"),
-    **{f"points.peak_memory_bytes.{part}": ("number or null", "null where unknown") for part in _PARTS},
+    **{f"points.seconds.{part}": ("number or null", "null where the part was not run") for part in PARTS},
+    "points.peak_memory_bytes": ("object", "highest memory by part, on one card; of the process so far on a CPU"),
+    **{f"points.peak_memory_bytes.{part}": ("number or null", "null where unknown") for part in PARTS},
 }
 _OPEN = ("arguments", "points.tasks.*")  # objects with further keys of any name
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_int(value: object) -> bool:
@@ -139,6 +140,25 @@ def check_results(results: Results) -> None:
             raise InputError(f"{label} has {len(values)} values: there must be {length}")
 
 
+def check_point(point: Point, key: str) -> None:
+    """InputError, which names the key, unless this is a point as RESULTS_SCHEMA describes it, with this key."""
+    if not isinstance(point, dict):
+        raise InputError(f"a point is of type {type(point).__name__}: it must be a JSON object")
+    _check_object(point, "points", "point")
+    if point["key"] != key:
+        raise InputError(f"point.key is {point['key']!r}: it must be {key!r}")
+
+
+def check_redundancy(redundancy: dict[str, Any], data: object) -> None:
+    """InputError, which names the key, unless these are the keys `redundancy` and `data.redundancy` of RESULTS_SCHEMA,
+    with a value a layer in each vector."""
+    _check_object(redundancy, "redundancy", "redundancy")
+    _check_value(data, "data.redundancy", "data")
+    for name, values in redundancy.items():
+        if values is not None and len(values) != len(redundancy["normalised"]):
+            raise InputError(f"{name} has {len(values)} values, normalised {len(redundancy['normalised'])}")
+
+
 def _check_object(value: dict[str, Any], key: str, label: str) -> None:
     """`key` is the object's name in the schema, `label` its place in the results: points.seconds, points[3].seconds."""
     children = {child.rpartition(".")[2] for child in RESULTS_SCHEMA if child.rpartition(".")[0] == key}
@@ -168,12 +188,12 @@ def _check_value(value: object, key: str, label: str) -> None:
 def read_results(folder: str | Path) -> Results:
     """The results.json of a run's folder. InputError where it is missing, damaged or not what the schema describes."""
     path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise InputError(f"there is no {path}: give the folder of a run")
     try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}): give the folder of a run") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): the same experiment run again writes it anew") from error
+        results: Results = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}: the same experiment run again writes it anew") from error
     try:
         check_results(results)
     except InputError as error:
@@ -185,21 +205,6 @@ def paired_standard_error(nll: Sequence[float], reference: Sequence[float]) -> f
     """Standard error of mean(nll - reference), both (N,) over the same windows; None for one window."""
     differences = [a - b for a, b in zip(nll, reference, strict=True)]
     return statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-
-
-def model_name(results: Results) -> str:
-    """Last part of the hub name or path."""
-    return Path(results["model"]["name"]).name
-
-
-def run_label(results: Results) -> str:
-    """Model, mean, rotations and calibration, for a legend; the model alone where nothing was sliced."""
-    point = next((point for point in results["points"] if point["kind"] == "sweep"), None)
-    if point is None:
-        return model_name(results)
-    rotations = f"{point['rotations']} rotation{'' if point['rotations'] == 1 else 's'}"
-    calibrated = "calibrated once" if point["calibration"] == "once" else "calibrated at every point"
-    return f"{model_name(results)}, SP = {point['mean']:g}, {rotations}, {calibrated}"
 
 
 def dense_point(results: Results) -> Point | None:
@@ -231,9 +236,20 @@ def compare(point: Point, reference: Point | None) -> tuple[float | None, float 
     return point["perplexity"] / reference["perplexity"] - 1, paired_standard_error(point["nll"], reference["nll"])
 
 
+def mean_accuracy(tasks: dict[str, Any]) -> float | None:
+    """Mean of the scores that are accuracies; None where none is: a task's perplexity is not to be averaged."""
+    values = [score["value"] for score in tasks.values() if is_accuracy(score)]
+    return statistics.fmean(values) if values else None
+
+
 def mean_accuracy_error(point: Point) -> float | None:
     """Standard error of the mean over the tasks, whose documents are independent; None where a task has none."""
-    errors = [score["stderr"] for score in point["tasks"].values()]
+    errors = [score["stderr"] for score in point["tasks"].values() if is_accuracy(score)]
     if not errors or None in errors:
         return None
     return math.hypot(*errors) / len(errors)
+
+
+def is_accuracy(score: dict[str, Any]) -> bool:
+    """Whether a task's score is an accuracy, by the metric's name."""
+    return str(score["metric"]).startswith(("acc", "exact_match"))

@@ -1,13 +1,12 @@
 """A run's folder: each point in a file of its own, written in one step as it ends, and results.json made of them.
 
 A file is found again by its key, a hash of all that its numbers depend on; so the same command goes on where it
-stopped, and a changed setting never meets an old number.
+stopped, a run takes over what another one beside it has measured (the dense model, at another mean), and a changed
+setting never meets an old number.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,14 +15,18 @@ from typing import Any
 import torch
 
 from .families import InputError
-from .results import Results
+from .files import read_json, write_json
+from .results import Results, check_point, check_results
 
 
 class RunFolder:
-    """The files of one run below `folder`; `fresh` forgets what is there. InputError where it can't be written."""
+    """The files of one run below `folder`. InputError where it can't be written.
+
+    fresh: forget what is there, and take nothing over from the runs beside it.
+    """
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:
-        self.folder = folder
+        self.folder, self.fresh = folder, fresh
         try:
             if fresh:
                 self._clear()
@@ -36,19 +39,22 @@ class RunFolder:
     def read(self, kind: str, key: str) -> Any:
         """What was written of this kind (point, redundancy or search) with this key, None where nothing was."""
         path = self._path(kind, key)
-        if not path.exists():
+        if path.exists():
+            return _content(path, kind, key)
+        beside = None if self.fresh else next(self.folder.parent.glob(f"*/{path.relative_to(self.folder)}"), None)
+        if beside is None:
             return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged: delete it, and it is measured again") from error
+        content = _content(beside, kind, key)
+        write_json(path, content)
+        return content
 
     def write(self, kind: str, key: str, content: Any) -> None:
         """Keep something under its key."""
         write_json(self._path(kind, key), content)
 
     def write_results(self, results: Results) -> None:
-        """Write results.json."""
+        """Write results.json. InputError where they are not what the schema describes."""
+        check_results(results)
         write_json(self.folder / "results.json", results)
 
     def model(self, base: float, key: str) -> Path:
@@ -66,22 +72,15 @@ class RunFolder:
                 file.unlink()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that there is the old one or the new one at any moment, never a part of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def _content(path: Path, kind: str, key: str) -> Any:
+    """What a file of this kind holds. InputError where it is damaged, or a point is not one with this key."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"can't write {path} ({error.strerror}): choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        content = read_json(path)
+        if kind == "point":
+            check_point(content, key)
+    except InputError as error:
+        raise InputError(f"{error}: delete {path}, and it is measured again") from error
+    return content
 
 
 def content_key(content: dict[str, Any]) -> str:

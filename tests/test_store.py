@@ -7,13 +7,30 @@ import pytest
 import torch
 
 from slicing.families import InputError
-from slicing.store import RunFolder, content_key, windows_key, write_json
+from slicing.files import write_json
+from slicing.results import RESULTS_SCHEMA
+from slicing.store import RunFolder, content_key, windows_key
+
+_VALUES = {"int": 1, "number": 0.5, "numbers": [], "str": "dense", "object": {}}
+
+
+def point(key: str, **values: object) -> dict:
+    """A point as the schema describes it."""
+    kinds = {name: kind for name, (kind, _) in RESULTS_SCHEMA.items() if name.startswith("points.")}
+    made: dict = {"tasks": {}}
+    for name, kind in kinds.items():
+        _, owner, *rest = name.split(".")
+        if rest and owner != "tasks":
+            made.setdefault(owner, {})[rest[0]] = None
+        elif not rest and kind != "object":
+            made[owner] = None if kind.endswith(" or null") else _VALUES[kind]
+    return made | {"key": key} | values
 
 
 def test_what_is_kept_is_read_again_by_its_kind_and_key_alone(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.write("point", "abc", {"key": "abc", "perplexity": 12.5})
-    assert RunFolder(tmp_path / "run").read("point", "abc") == {"key": "abc", "perplexity": 12.5}
+    folder.write("point", "abc", point("abc", perplexity=12.5))
+    assert RunFolder(tmp_path / "run").read("point", "abc") == point("abc", perplexity=12.5)
     assert folder.read("point", "abd") is None
     assert folder.read("search", "abc") is None
     assert (tmp_path / "run" / "points" / "abc.json").exists()
@@ -23,7 +40,7 @@ def test_fresh_forgets_what_the_run_wrote_and_nothing_else(tmp_path):
     folder = RunFolder(tmp_path / "run")
     for kind in ("point", "search", "redundancy"):
         folder.write(kind, "abc", {})
-    folder.write_results({})
+    (tmp_path / "run" / "results.json").write_text("{}")
     folder.model(0.1, "abcdefghij").mkdir(parents=True)
     (tmp_path / "run" / "notes.txt").write_text("mine")
     RunFolder(tmp_path / "run", fresh=True)
@@ -53,8 +70,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 def test_numbers_survive_the_file_bit_for_bit(tmp_path):
     numbers = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
     folder = RunFolder(tmp_path)
-    folder.write("point", "a", numbers)
-    assert folder.read("point", "a") == numbers
+    folder.write("search", "a", numbers)
+    assert folder.read("search", "a") == numbers
 
 
 def test_a_folder_that_cant_be_written_is_an_error_that_says_what_to_do(tmp_path):
@@ -63,12 +80,43 @@ def test_a_folder_that_cant_be_written_is_an_error_that_says_what_to_do(tmp_path
         RunFolder(tmp_path / "file" / "run")
 
 
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+DAMAGED = {
+    "half a file": ('{"perple', "is damaged"),
+    "no number": ('{"perplexity": NaN}', "NaN is no number"),
+    "too deep": ("[" * 100_000, "is damaged"),
+    "a list": ("[]", "a point is of type list"),
+    "nothing in it": ("{}", "point.amount is missing"),
+    "a word for a number": (json.dumps(point("a", perplexity="3")), "point.perplexity is '3' of type str"),
+    "a key too many": (json.dumps(point("a", more=1)), "point.more is not a key"),
+    "another point": (json.dumps(point("b")), "point.key is 'b': it must be 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_point_is_an_error_that_names_the_file(tmp_path, case):
+    content, message = DAMAGED[case]
     folder = RunFolder(tmp_path)
     folder.write("point", "a", {})
-    (tmp_path / "points" / "a.json").write_text('{"perple')
-    with pytest.raises(InputError, match=r"a\.json is damaged: delete it"):
+    (tmp_path / "points" / "a.json").write_text(content)
+    with pytest.raises(InputError, match=rf"{message}.*: delete .*points/a\.json, and it is measured again"):
         folder.read("point", "a")
+
+
+def test_results_that_the_schema_does_not_describe_are_not_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputError, match="schema_version is None"):
+        folder.write_results({})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_takes_over_what_another_one_beside_it_has_measured(tmp_path):
+    RunFolder(tmp_path / "one").write("point", "a", point("a"))
+    RunFolder(tmp_path / "one").write("redundancy", "b", [1.5])
+    assert RunFolder(tmp_path / "fresh", fresh=True).read("point", "a") is None
+    other = RunFolder(tmp_path / "two")
+    assert (other.read("point", "a"), other.read("redundancy", "b")) == (point("a"), [1.5])
+    assert (tmp_path / "two" / "points" / "a.json").exists()
+    assert other.read("point", "b") is None
 
 
 def test_keys_depend_on_content_and_not_on_order():
