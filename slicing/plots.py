@@ -1,20 +1,16 @@
 """Figures of finished runs: perplexity and accuracy over the slice base, redundancy and widths by layer."""
 
+import math
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicing.families import InputError
-from slicing.results import (
-    Results,
-    best_dynamic_point,
-    constant_point,
-    dense_point,
-    mean_accuracy_error,
-    model_name,
-    run_label,
-)
+from slicing.files import replacing
+from slicing.labels import accuracy_label, dense_labels, run_label, run_labels, text_label
+from slicing.results import Point, Results, best_dynamic_point, constant_point, dense_point, mean_accuracy_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,53 +27,92 @@ EXTRA = {
 }
 WIDTH = 6.5  # inches, the text width of a page: fonts stay what they are in print
 LOG_FROM = 5.0  # ratio of the highest to the lowest perplexity from which a logarithmic axis reads better
+LOG_TICKS = ((1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))  # in a decade, from many to few
+TICK_ROOM = 1 / 12  # of the axis, for a tick's label
+PANEL_LINE, LEGEND_LINE = 28, 84  # characters that fit beside a panel and below it
 
 
 def plot_sweep(runs: Sequence[Results], path: str | Path) -> None:
     """Write `sweep_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
-    sweep_figure(runs).savefig(path, dpi=200)
+    _write(sweep_figure(runs), path)
 
 
 def plot_redundancy(results: Results, path: str | Path) -> None:
     """Write `redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
-    redundancy_figure(results).savefig(path, dpi=200)
+    _write(redundancy_figure(results), path)
+
+
+def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
+    """Write `layer_redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
+    _write(layer_redundancy_figure(redundancy, title), path)
+
+
+def _write(figure: "Figure", path: str | Path) -> None:
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, dpi=200)
 
 
 def sweep_figure(runs: Sequence[Results]) -> "Figure":
     """Perplexity and, where tasks were evaluated, mean accuracy over SB; dense and constant slicing as lines.
 
-    Error bars of the accuracy are one standard error. Points of the extra kinds are hollow; one of equal parameters
-    stands at the SB of its own constant slicing.
+    Error bars of the accuracy, and the band around the dense model's, are one standard error. Points of the extra kinds
+    are hollow; one of equal parameters stands at the SB of its own constant slicing.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     values = ["perplexity"]
     if any(point["mean_accuracy"] is not None for run in runs for point in run["points"]):
         values.append("mean_accuracy")
     figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * len(values)), layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0])
+    dense = _dense_lines(runs)
     for axes, value in zip(panels, values, strict=True):
-        _draw_dense(axes, runs, value)
-        for index, run in enumerate(runs):
-            _draw_run(axes, run, value, *_style(index))
+        for point, colour, label in dense:
+            _draw_dense(axes, point, value, colour, label)
+        for index, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
+            _draw_run(axes, run, value, *_style(index), label)
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False)
 
-    texts = {f"{text['source']} {text['split'] or ''}".strip() for run in runs for text in [run["data"]["perplexity"]]}
-    panels[0].set_ylabel("perplexity" + (f" ({texts.pop()})" if len(texts) == 1 else ""))
+    texts = {text_label(run) for run in runs}
+    text = texts.pop() if len(texts) == 1 else "texts differ between runs"
+    label = f"perplexity ({text})"
+    panels[0].set_ylabel(label if len(label) <= PANEL_LINE else label.replace(" (", "\n(", 1))
     heights = [point["perplexity"] for run in runs for point in run["points"]]
     if heights and max(heights) > LOG_FROM * min(heights):
-        panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(panels[0], log_ticks(min(heights), max(heights)))
     if len(panels) > 1:
-        tasks = {name for run in runs for point in run["points"] for name in point["tasks"]}
-        panels[1].set_ylabel("accuracy" if len(tasks) == 1 else f"mean accuracy of {len(tasks)} tasks")
+        panels[1].set_ylabel(accuracy_label(runs))
     panels[-1].set_xlabel("slice base SB (0: fully dynamic, SB = SP: constant)")
     _add_legend(figure, panels[0], runs)
     return figure
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, as many as can be written on a logarithmic axis."""
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    every = 1 + int((last - first) * TICK_ROOM)  # decades
+    ticks: list[float] = []
+    for parts in LOG_TICKS:
+        ticks = [part * 10.0**decade for decade in range(first, last + every, every) for part in parts]
+        start, end = max(tick for tick in ticks if tick <= low), min(tick for tick in ticks if tick >= high)
+        ticks = [tick for tick in ticks if start <= tick <= end]
+        closest = min(after / tick for tick, after in pairwise(ticks))
+        if math.log(closest) >= TICK_ROOM * math.log(end / start):
+            break
+    return ticks
+
+
+def _logarithmic(axes: "Axes", ticks: Sequence[float]) -> None:
+    """A logarithmic y axis from the first tick to the last."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+
+    margin = (ticks[-1] / ticks[0]) ** 0.03
+    axes.set_yscale("log")
+    axes.set_ylim(ticks[0] / margin, ticks[-1] * margin)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _style(index: int) -> tuple[str, str]:
@@ -85,28 +120,42 @@ def _style(index: int) -> tuple[str, str]:
     return COLOURS[index % 6], MARKERS[(index + index // 6) % 6]
 
 
-def _draw_dense(axes: "Axes", runs: Sequence[Results], value: str) -> None:
-    """A dotted line for each dense model, once: black, or in the colour of its first run where there are several."""
-    several = len({model_name(run) for run in runs}) > 1
-    drawn = set()
+def _dense_lines(runs: Sequence[Results]) -> list[tuple[Point, str, str]]:
+    """Each dense model once, on each text and set of tasks: its point, colour and label. Black, or the colour of its
+    first run where there are several."""
+    found: dict[tuple[str, ...], tuple[int, Point]] = {}
     for index, run in enumerate(runs):
         point = dense_point(run)
-        if point is None or point[value] is None or (model_name(run), point[value]) in drawn:
-            continue
-        drawn.add((model_name(run), point[value]))
-        colour = _style(index)[0] if several else "black"
-        axes.axhline(point[value], color=colour, linestyle=":", linewidth=1.4, label=f"{model_name(run)}, dense")
+        if point is not None:
+            accuracy = "" if point["mean_accuracy"] is None else f"{point['mean_accuracy']:.3f}"
+            same = (run["model"]["name"], text_label(run), f"{point['perplexity']:.4g}")
+            found.setdefault((*same, accuracy), (index, point))
+    with_tasks = {key[:-1] for key in found if key[-1]}
+    found = {key: line for key, line in found.items() if key[-1] or key[:-1] not in with_tasks}
+    labels = dense_labels([runs[index] for index, _ in found.values()])
+    return [
+        (point, _style(index)[0] if len(found) > 1 else "black", label)
+        for (index, point), label in zip(found.values(), labels, strict=True)
+    ]
 
 
-def _draw_run(axes: "Axes", run: Results, value: str, colour: str, marker: str) -> None:
+def _draw_dense(axes: "Axes", point: Point, value: str, colour: str, label: str) -> None:
+    """A dotted line, with a band of one standard error around an accuracy."""
+    if point[value] is None:
+        return
+    axes.axhline(point[value], color=colour, linestyle=":", linewidth=1.4, label=label)
+    error = mean_accuracy_error(point) if value == "mean_accuracy" else None
+    if error is not None:
+        axes.axhspan(point[value] - error, point[value] + error, color=colour, alpha=0.1, linewidth=0)
+
+
+def _draw_run(axes: "Axes", run: Results, value: str, colour: str, marker: str, label: str) -> None:
     """The curve of one run with its constant slicing as a dashed line, and its extra points."""
     constant = constant_point(run)
     if constant is not None and constant[value] is not None:
         axes.axhline(constant[value], color=colour, linestyle="--", linewidth=1)
-    shapes = {"sweep": (marker, run_label(run), colour)} | {
-        kind: (shape, "", "white") for kind, (shape, _) in EXTRA.items()
-    }
-    for kind, (shape, label, face) in shapes.items():
+    shapes = {"sweep": (marker, label, colour)} | {kind: (shape, None, "white") for kind, (shape, _) in EXTRA.items()}
+    for kind, (shape, name, face) in shapes.items():
         points = [point for point in run["points"] if point["kind"] == kind and point[value] is not None]
         points.sort(key=lambda point: point["base"])
         bars = [mean_accuracy_error(point) for point in points] if value == "mean_accuracy" else []
@@ -123,7 +172,7 @@ def _draw_run(axes: "Axes", run: Results, value: str, colour: str, marker: str) 
                 linewidth=1.4,
                 elinewidth=0.8,
                 capsize=2,
-                label=label or None,
+                label=name,
                 zorder=3,
             )
 
@@ -131,6 +180,7 @@ def _draw_run(axes: "Axes", run: Results, value: str, colour: str, marker: str) 
 def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None:
     """Below the panels, where it covers nothing."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     handles, labels = axes.get_legend_handles_labels()
     colour = GREY if len(runs) > 1 else BLUE
@@ -144,14 +194,17 @@ def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None
                 Line2D([], [], color=colour, marker=shape, markersize=size, markerfacecolor="white", linestyle="none")
             )
             labels.append(label)
-    labels = [textwrap.fill(label, 80) for label in labels]
+    if any(mean_accuracy_error(point) is not None for run in runs for point in run["points"]):
+        handles.append(Patch(color=GREY, alpha=0.2, linewidth=0))
+        labels.append("bars and band: one standard error of the accuracy")
+    labels = [textwrap.fill(label, LEGEND_LINE) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, frameon=False)
     lines = sum(1 + label.count("\n") for label in labels)
     figure.set_figheight(figure.get_figheight() + 0.18 * lines)
 
 
-def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
-    """Write a figure of LR by layer; `redundancy` as in results.json."""
+def layer_redundancy_figure(redundancy: dict[str, Any], title: str) -> "Figure":
+    """LR by layer; `redundancy` as in results.json."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -160,20 +213,22 @@ def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Pa
     _draw_redundancy(axes, redundancy)
     axes.set_title(textwrap.fill(title, 72), fontsize=10)
     axes.set_xlabel("decoder layer")
+    axes.set_xlim(-0.5, len(redundancy["normalised"]) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.savefig(path, dpi=200)
+    return figure
 
 
 def _draw_redundancy(axes: "Axes", redundancy: dict[str, Any]) -> None:
-    """Bars of LR, with one standard error where it was measured."""
+    """Bars of LR, with one standard error where it was measured and the layers differ."""
     errors = None
     if redundancy["cosine"] is not None and redundancy["stderr"] is not None:
         spread = max(redundancy["cosine"]) - min(redundancy["cosine"])
-        errors = [error / spread for error in redundancy["stderr"]]
+        errors = [error / spread for error in redundancy["stderr"]] if spread > 0 else None
     values = redundancy["normalised"]
     axes.bar(range(len(values)), values, color=SKY, yerr=errors, ecolor=GREY, capsize=2)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("layer redundancy LR")
 
 

@@ -5,7 +5,6 @@ The table has a row a point. Changes of perplexity are in percent, against the d
 windows, so the error of the difference is far smaller than that of either perplexity.
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -14,39 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slicing.families import InputError
+from slicing.command_line import Parser, exit_code
+from slicing.files import replacing
+from slicing.labels import model_name, run_labels, text_label
 from slicing.plots import plot_redundancy, plot_sweep
 from slicing.results import (
-    RESULTS_SCHEMA,
+    PARTS,
     Point,
     Results,
     best_dynamic_point,
-    check_results,
     compare,
     constant_point,
     dense_point,
     mean_accuracy_error,
-    model_name,
     paired_standard_error,
     read_results,
-    run_label,
 )
-
-__all__ = [
-    "RESULTS_SCHEMA",
-    "check_results",
-    "equal_size_summary",
-    "format_row",
-    "format_table",
-    "header",
-    "main",
-    "paired_standard_error",
-    "plot_redundancy",
-    "plot_sweep",
-    "read_results",
-    "write_csv",
-    "write_files",
-]
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
 
@@ -55,8 +37,10 @@ def equal_size_summary(results: Results) -> list[str]:
     """Lines on the best dynamic point against constant slicing, as it is and at an equal parameter count."""
     constant = constant_point(results)
     best = best_dynamic_point(results, constant) if constant else None
-    if constant is None or best is None:
+    if constant is None:
         return []
+    if best is None:
+        return ["The search found no slice base better than constant slicing."] if results["search"] else []
     lines = [f"Best dynamic point: SB {best['base']:.3f}. {_against('constant slicing', best, constant)}"]
     equal = next((point for point in results["points"] if point["kind"] == "equal-parameters"), None)
     size = best["parameters"] / constant["parameters"] - 1
@@ -64,9 +48,13 @@ def equal_size_summary(results: Results) -> list[str]:
         name = f"constant slicing of mean {equal['mean']:.4f}"
         lines.append(f"At equal size: {_against(name, best, equal)}")
         gain = math.log(constant["perplexity"] / best["perplexity"])
-        if gain > 0:
-            left = math.log(equal["perplexity"] / best["perplexity"]) / gain
-            lines.append(f"At equal size {left:.0%} of the gain in log perplexity is left.")
+        left = math.log(equal["perplexity"] / best["perplexity"])
+        if not (_can_be_told(best, constant) and _can_be_told(best, equal)):
+            lines.append(
+                "No share of a gain is given: a difference within two paired standard errors can't be told from none."
+            )
+        elif gain > 0:
+            lines.append(f"At equal size {left / gain:.0%} of the gain in log perplexity is left.")
         else:
             lines.append("There is no gain of which a part could be left at equal size.")
     elif abs(size) < SIZE_TOLERANCE:
@@ -79,13 +67,21 @@ def equal_size_summary(results: Results) -> list[str]:
     return lines
 
 
+def _can_be_told(point: Point, reference: Point) -> bool:
+    """Whether the difference in log perplexity is more than two of its standard errors, or these are not known."""
+    error = paired_standard_error(point["nll"], reference["nll"])
+    return error is None or abs(math.log(point["perplexity"] / reference["perplexity"])) > 2 * error
+
+
 def _against(name: str, point: Point, reference: Point) -> str:
     change, error = compare(point, reference)
     paired = "" if error is None else f", paired SE {error:.4f} in log perplexity"
+    if not _can_be_told(point, reference):
+        paired += ": no difference can be told"
     return (
         f"Perplexity {_perplexity(point['perplexity'])} with {_millions(point['parameters'])} parameters against"
         f" {_perplexity(reference['perplexity'])} with {_millions(reference['parameters'])} for {name}"
-        f" ({change:+.1%}{paired})."
+        f" ({_change(change)}{paired})."
     )
 
 
@@ -106,6 +102,10 @@ class _Column:
 
 def _optional(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _change(value: float | None) -> str:
+    return "-" if value is None else ">9999%" if value > 99.99 else f"{value:+z.1%}"
 
 
 def _perplexity(value: float) -> str:
@@ -138,13 +138,24 @@ def _seconds(point: Point) -> str:
 
 
 def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: bool) -> list[_Column]:
-    """Columns of a table over the runs. `tasks`: names given beforehand; `labelled`: say which run a row is of."""
+    """Columns of a table over the runs. `tasks`: names given beforehand; `labelled`: say which run a row is of, by its
+    text and seed too where they differ."""
     if tasks is None:
         tasks = list(dict.fromkeys(name for run in runs for point in run["points"] for name in point["tasks"]))
     columns = []
     if labelled:
+        names: dict[str, str] = {run["model"]["name"]: model_name(run) for run in runs}
+        if len(set(names.values())) < len(names):
+            names = {name: name for name in names}
+        columns.append(
+            _Column(("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run["model"]["name"]])
+        )
+        texts = {text_label(run) for run in runs}
+        if len(texts) > 1:
+            columns.append(_Column(("", "text"), -max(map(len, texts)), lambda _, run: text_label(run)))
+        if len({run["seed"] for run in runs}) > 1:
+            columns.append(_Column(("", "seed"), 5, lambda _, run: str(run["seed"])))
         columns += [
-            _Column(("", "model"), -max(5, *(len(model_name(run)) for run in runs)), lambda _, run: model_name(run)),
             _Column(("rota-", "tions"), 5, lambda point, _: str(point["rotations"] or "-")),
             _Column(("", "calibrated"), -11, lambda point, _: point["calibration"] or "-"),
         ]
@@ -153,12 +164,12 @@ def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: boo
         _Column(("", "SB"), 5, lambda point, _: _optional(point["base"], ".3f")),
         _Column(("", "SP"), 5, lambda point, _: _optional(point["mean"], ".3f")),
         _Column(("", "perplexity"), 10, lambda point, _: _perplexity(point["perplexity"])),
-        _Column(("against", "dense"), 8, lambda point, run: _optional(compare(point, dense_point(run))[0], "+.1%")),
+        _Column(("against", "dense"), 8, lambda point, run: _change(compare(point, dense_point(run))[0])),
         _Column(("paired", "SE(ln)"), 6, lambda point, run: _optional(compare(point, dense_point(run))[1], ".4f")),
-        _Column(("against", "constant"), 8, lambda point, run: _optional(_against_constant(point, run)[0], "+.1%")),
+        _Column(("against", "constant"), 8, lambda point, run: _change(_against_constant(point, run)[0])),
         _Column(("paired", "SE(ln)"), 6, lambda point, run: _optional(_against_constant(point, run)[1], ".4f")),
         _Column(("para-", "meters"), 7, lambda point, _: _millions(point["parameters"])),
-        _Column(("true", "cut"), 5, lambda point, _: f"{point['cut']:.1%}"),
+        _Column(("true", "cut"), 6, lambda point, _: f"{point['cut']:z.1%}"),
     ]
     columns += [_Column(("", name), max(12, len(name)), _task_cell(name)) for name in tasks]
     if tasks:
@@ -199,28 +210,26 @@ def _row(columns: Sequence[_Column], point: Point, results: Results) -> str:
     return "  ".join(column.pad(column.cell(point, results)) for column in columns).rstrip()
 
 
-def write_csv(results: Results, path: str | Path) -> None:
+def write_csv(runs: Sequence[Results], path: str | Path) -> None:
     """A row a point at full precision; an empty cell where there is no number. Task columns: NAME, NAME_stderr."""
-    _write_csv([results], path)
-
-
-def _write_csv(runs: Sequence[Results], path: str | Path) -> None:
     rows = [_csv_row(point, run) for run in runs for point in run["points"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    with replacing(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
 
 
 def _csv_row(point: Point, results: Results) -> dict[str, Any]:
+    text = results["data"]["perplexity"]
     row: dict[str, Any] = {"model": results["model"]["name"], "revision": results["model"]["revision"]}
+    row |= {"text": text["source"], "split": text["split"], "window_length": text["length"], "seed": results["seed"]}
     plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
     row |= {key: point[key] for key in plain}
     row["change_dense"], row["paired_se_dense"] = compare(point, dense_point(results))
     row["change_constant"], row["paired_se_constant"] = _against_constant(point, results)
     row |= {"mean_accuracy": point["mean_accuracy"], "mean_accuracy_stderr": mean_accuracy_error(point)}
-    for part in ("slice", "perplexity", "tasks"):
+    for part in PARTS:
         row[f"seconds_{part}"] = point["seconds"][part]
         row[f"peak_memory_bytes_{part}"] = point["peak_memory_bytes"][part]
     for name, score in point["tasks"].items():
@@ -230,42 +239,37 @@ def _csv_row(point: Point, results: Results) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: table and summary to stdout, results.csv and the plots into a folder. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slicing.report", description="Tabulate and draw finished runs again."
-    )
+    parser = Parser("Tabulate and draw finished runs again.")
+    parser.prog = "python -m slicing.report"
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run, with its results.json")
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="where results.csv, sweep.png and (for one run) redundancy.png go; default: the run's folder,"
-        " for several runs the folder that holds the first",
+        help="where results.csv, sweep.png (where something was sliced) and redundancy.png (for one run) go; default:"
+        " the run's folder, for several runs the folder that holds the first",
     )
     options = parser.parse_args(argv)
-    try:
-        runs = [read_results(folder) for folder in options.folders]
-        print("\n".join(format_table(runs)))
-        for run in runs:
-            for line in equal_size_summary(run):
-                print(line if len(runs) == 1 else f"{run_label(run)}: {line}")
-        first = Path(options.folders[0])
-        folder = Path(options.output) if options.output else first if len(runs) == 1 else first.resolve().parent
-        write_files(runs, folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: _report(options.folders, options.output), "interrupted")
+
+
+def _report(folders: Sequence[str], output: str | None) -> None:
+    runs = [read_results(folder) for folder in folders]
+    print("\n".join(format_table(runs)))
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        for line in equal_size_summary(run):
+            print(line if len(runs) == 1 else f"{label}: {line}")
+    first = Path(folders[0])
+    write_files(runs, Path(output) if output else first if len(runs) == 1 else first.resolve().parent)
 
 
 def write_files(runs: Sequence[Results], folder: Path) -> None:
-    """Write results.csv, sweep.png and, for a single run with layer redundancy, redundancy.png."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_csv(runs, folder / "results.csv")
+    """Write results.csv; where something was sliced, sweep.png; and, for a single run with layer redundancy,
+    redundancy.png. InputError where the folder can't be written."""
+    write_csv(runs, folder / "results.csv")
+    if any(point["widths"] is not None for run in runs for point in run["points"]):
         plot_sweep(runs, folder / "sweep.png")
-        if len(runs) == 1 and runs[0]["redundancy"] is not None:
-            plot_redundancy(runs[0], folder / "redundancy.png")
-    except OSError as error:
-        raise InputError(f"{folder} can't be written ({error.strerror}): give another folder with --output") from error
+    if len(runs) == 1 and runs[0]["redundancy"] is not None:
+        plot_redundancy(runs[0], folder / "redundancy.png")
 
 
 if __name__ == "__main__":

@@ -5,27 +5,27 @@ import csv
 import json
 import math
 import re
+import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 
 from slicing.families import InputError
-from slicing.plots import redundancy_figure, sweep_figure
-from slicing.report import (
-    RESULTS_SCHEMA,
-    check_results,
-    equal_size_summary,
-    format_row,
-    format_table,
-    header,
-    main,
-    paired_standard_error,
+from slicing.labels import run_labels, text_label, text_name
+from slicing.plots import (
+    layer_redundancy_figure,
+    log_ticks,
+    plot_layer_redundancy,
     plot_redundancy,
     plot_sweep,
-    read_results,
-    write_csv,
+    redundancy_figure,
+    sweep_figure,
 )
+from slicing.report import equal_size_summary, format_row, format_table, header, main, write_csv, write_files
+from slicing.results import RESULTS_SCHEMA, SCHEMA_VERSION, check_results, paired_standard_error, read_results
 from slicing.schedule import final_slices, slice_widths, sweep_amounts
 
 LR = [0.0, 0.4, 0.8, 0.9, 1.0, 0.5]
@@ -45,8 +45,11 @@ def make_run(
     confirm: bool = False,
     redundancy: list[float] = LR,
     hidden_size: int = 64,
+    source: str = "wikitext2",
+    split: str | None = "test",
+    seed: int = 42,
 ) -> dict[str, Any]:
-    """A finished run in which dynamic slicing beats constant slicing."""
+    """A finished run in which dynamic slicing beats constant slicing; with mean 0 of the dense model alone."""
     parameters = 134_500_000
 
     def point(
@@ -67,6 +70,7 @@ def make_run(
         }
         return {
             "key": key,
+            "git": None,
             "kind": kind,
             "mean": sp,
             "base": sp - amount if sliced else None,
@@ -86,7 +90,7 @@ def make_run(
         }
 
     points = [point("dense", "dense", None, None, dense, parameters)]
-    for i, amount in enumerate(sweep_amounts(mean, step)):
+    for i, amount in enumerate(sweep_amounts(mean, step) if mean > 0 else []):
         perplexity = dense * math.exp(mean * (2.8 - 0.73 * amount / mean + 0.1 * (amount / mean) ** 2))
         points.append(point("sweep", f"sweep-{i}", mean, amount, perplexity, 112_600_000 + round(10**7 * amount)))
     best = points[-1]
@@ -94,9 +98,9 @@ def make_run(
         points.append(point("equal-parameters", "equal", 0.26, 0.0, 1.15 * best["perplexity"], best["parameters"]))
     if confirm:
         points.append(point("confirm", "confirm", mean, mean, 0.94 * best["perplexity"], best["parameters"]))
-    text = {"source": "wikitext2", "split": "test", "windows": len(NOISE), "length": 2048, "tokens": len(NOISE) * 2048}
+    text = {"source": source, "split": split, "windows": len(NOISE), "length": 2048, "tokens": len(NOISE) * 2048}
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "arguments": {"model": name, "mean": mean},
         "model": {
             "name": name,
@@ -111,9 +115,11 @@ def make_run(
         "versions": {"python": "3.11.7", "torch": "2.11.0", "transformers": "5.24.0", "lm_eval": None},
         "git": None,
         "device": "cpu",
-        "seed": 42,
+        "seed": seed,
         "data": {"calibration": text | {"split": "train"}, "perplexity": text, "redundancy": None},
-        "redundancy": {
+        "redundancy": None
+        if mean == 0
+        else {
             "normalised": redundancy,
             "cosine": [0.5 + 0.4 * lr for lr in redundancy],
             "stderr": [0.004] * len(redundancy),
@@ -185,7 +191,7 @@ def test_a_missing_key_is_named(run, key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.update(schema_version=2), "schema_version is 2, known is 1"),
+        (lambda run: run.update(schema_version=1), f"schema_version is 1, known is {SCHEMA_VERSION}"),
         (lambda run: run["model"].update(parameters=1.5), "model.parameters is '1.5' of type float: it must be int"),
         (lambda run: run["model"].update(tied=1), "model.tied is '1' of type int: it must be bool"),
         (lambda run: run.update(seed=True), "seed is 'True'"),
@@ -194,7 +200,7 @@ def test_a_missing_key_is_named(run, key):
         (lambda run: run["points"][1]["nll"].pop(), r"points\[1\].nll has 4 values: there must be 5"),
         (lambda run: run["points"][1]["widths"].pop(), r"points\[1\].widths has 5 values: there must be 6"),
         (lambda run: run["redundancy"].update(normalised=[0, 1]), "redundancy.normalised has 2 values"),
-        (lambda run: run["points"][1].update(note="x"), r"points\[1\].note is not a key of schema 1"),
+        (lambda run: run["points"][1].update(note="x"), rf"points\[1\].note is not a key of schema {SCHEMA_VERSION}"),
         (lambda run: run.update(points=[None]), "points is .* it must be objects"),
         (lambda run: run["points"][1]["tasks"]["piqa"].pop("stderr"), r"points\[1\].tasks.piqa.stderr is missing"),
     ],
@@ -213,11 +219,11 @@ def test_results_are_read_back_as_written(run, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "can't be read"),
-        (b'{"schema_version": 1, "poi', "is damaged"),
+        (None, "give the folder of a run"),
+        (b'{"schema_version": 2, "poi', "is damaged"),
         (b"\xff\xfe", "is damaged"),
         (b"[]", "of type list: they must be a JSON object"),
-        (b'{"schema_version": 1}', "arguments is missing"),
+        (f'{{"schema_version": {SCHEMA_VERSION}}}'.encode(), "arguments is missing"),
     ],
 )
 def test_damaged_results_end_in_one_line_and_exit_code_2(tmp_path, capsys, content, message):
@@ -252,6 +258,30 @@ def test_summary_says_how_much_of_the_gain_is_left_at_equal_size():
     assert f"{math.log(36 / 32) / math.log(40 / 32):.0%} of the gain" in lines[2]  # 53 %
 
 
+@pytest.mark.parametrize(
+    ("constant", "equal"),
+    [(32.0001, 36.0), (40.0, 32.0001), (32.0001, 32.0001), (31.9999, 36.0)],
+    ids=["no-gain", "nothing-left", "neither", "no-loss"],
+)
+def test_summary_gives_no_share_of_a_difference_within_two_standard_errors(constant, equal):
+    run = make_run(equal=True)
+    run["points"] = [*run["points"][:2], *run["points"][-2:]]
+    for point, perplexity in zip(run["points"][1:], (constant, 32.0, equal), strict=True):
+        point["perplexity"] = perplexity
+    lines = equal_size_summary(run)
+    told = [abs(math.log(reference / 32.0)) > 0.1 for reference in (constant, equal)]
+    assert ["in log perplexity: no difference can be told)" not in line for line in lines[:2]] == told
+    assert lines[2].startswith("No share of a gain is given")
+    assert not any("of the gain" in line for line in lines)
+
+
+def test_summary_of_one_window_which_has_no_standard_error_gives_the_share():
+    run = make_run(equal=True)
+    for point in run["points"]:
+        point["nll"] = point["nll"][:1]
+    assert "of the gain" in equal_size_summary(run)[2]
+
+
 def test_summary_warns_where_sizes_differ_and_says_where_they_do_not(run):
     assert "2.7% more parameters" in equal_size_summary(run)[1]
     for point in run["points"][1:]:
@@ -265,9 +295,10 @@ def test_summary_compares_only_points_made_in_the_same_way():
     assert f"Perplexity {run['points'][-2]['perplexity']:.3f}" in equal_size_summary(run)[0]
 
 
-def test_a_run_without_dynamic_points_has_no_summary(run):
+def test_a_run_without_dynamic_points_has_no_summary_but_the_searchs(run):
     run["points"] = run["points"][:2]
-    assert equal_size_summary(run) == []
+    assert equal_size_summary(run | {"search": None}) == []
+    assert equal_size_summary(run) == ["The search found no slice base better than constant slicing."]
 
 
 # ---- table
@@ -303,6 +334,27 @@ def test_a_row_shows_changes_errors_size_and_time(run):
     assert row.endswith(" 143")  # 12.5 + 30.25 + 100
 
 
+@pytest.mark.parametrize(
+    ("factor", "shown"),
+    [(0.9996, "+0.0%"), (1.0004, "+0.0%"), (0.9994, "-0.1%"), (100.0, "+9900.0%"), (102.0, ">9999%"), (1e12, ">9999%")],
+)
+def test_changes_have_no_negative_zero_and_stay_in_their_column(run, factor, shown):
+    dense, constant, point = run["points"][:3]
+    dense["perplexity"] = constant["perplexity"] = 10.0
+    point["perplexity"] = 10.0 * factor
+    row = format_row(point, run)
+    assert [row.split()[4], row.split()[6]] == [shown, shown]
+    assert len(row) == len(header(run).split("\n")[1])
+
+
+@pytest.mark.parametrize(("cut", "shown"), [(-0.0001, "0.0%"), (-0.1234, "-12.3%")])
+def test_the_true_cut_has_no_negative_zero_and_stays_in_its_column(run, cut, shown):
+    run["points"][1]["cut"] = cut
+    row = format_row(run["points"][1], run)
+    assert f" {shown} " in row
+    assert len(row) == len(header(run).split("\n")[1])
+
+
 def test_rows_can_be_printed_before_the_other_points_exist(run):
     finished = run["points"]
     run["points"] = []
@@ -327,8 +379,28 @@ def test_a_table_of_several_runs_names_model_rotations_and_calibration():
     assert lines[-1].split()[-4:-1] == ["-", "-", "-"]  # the tasks that only the other run has, and their mean
 
 
+def test_a_table_has_columns_for_text_and_seed_only_where_they_differ():
+    def titles(*runs: dict[str, Any]) -> list[str]:
+        return format_table(runs)[0].split("\n")[1].split()[:3]
+
+    assert titles(make_run(), make_run(mean=0.2)) == ["model", "tions", "calibrated"]
+    assert titles(make_run(), make_run(source="ptb")) == ["model", "text", "tions"]
+    assert titles(make_run(), make_run(seed=7)) == ["model", "seed", "tions"]
+    assert titles(make_run(), make_run(source="ptb", seed=7)) == ["model", "text", "seed"]
+    lines = format_table([make_run(), make_run(source="/texts/novels.{split}.txt", split="validation", seed=7)])
+    assert lines[1].split()[:4] == ["small-model", "wikitext2", "test", "42"]
+    assert lines[-1].split()[:4] == ["small-model", "novels", "validation", "7"]
+
+
+def test_a_table_has_full_names_of_models_only_where_their_last_parts_are_equal():
+    lines = format_table([make_run(name="/run-a/step-500"), make_run(name="/run-b/step-500")])
+    assert [lines[1].split()[0], lines[-1].split()[0]] == ["/run-a/step-500", "/run-b/step-500"]
+    lines = format_table([make_run(name="/run-a/step-500"), make_run(name="/run-b/step-600")])
+    assert [lines[1].split()[0], lines[-1].split()[0]] == ["step-500", "step-600"]
+
+
 def test_csv_has_every_point_at_full_precision(run, tmp_path):
-    write_csv(run, tmp_path / "results.csv")
+    write_csv([run], tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["key"] for row in rows] == [point["key"] for point in run["points"]]
@@ -338,8 +410,63 @@ def test_csv_has_every_point_at_full_precision(run, tmp_path):
         assert float(row["arc_easy"]) == point["tasks"]["arc_easy"]["value"]
         assert float(row["arc_easy_stderr"]) == 0.013
     assert (rows[0]["base"], rows[0]["change_dense"], rows[1]["change_constant"]) == ("", "", "")
+    where = ("model", "text", "split", "window_length", "seed")
+    assert {tuple(row[name] for name in where) for row in rows} == {
+        ("someone/small-model", "wikitext2", "test", "2048", "42")
+    }
     constant, best = run["points"][1], run["points"][-1]
     assert float(rows[-1]["paired_se_constant"]) == paired_standard_error(best["nll"], constant["nll"])
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("wikitext2", "wikitext2"),
+        ("/work/texts/wikitext-2/wiki.{split}.txt", "wiki"),
+        ("novels-{split}.jsonl.gz", "novels"),
+        ("text_{split}.txt.xz", "text"),
+        ("/work/novels/{split}.txt", "novels"),
+        ("novels/{split}/{split}.parquet", "novels"),
+        ("v1.5.txt", "v1.5"),
+        ("{split}.txt", "text"),
+        ("/{split}.txt", "text"),
+    ],
+)
+def test_a_text_has_a_short_name(source, name):
+    assert text_name(source) == name
+
+
+def test_a_long_text_keeps_its_beginning_its_end_and_its_split():
+    run = make_run(source="/texts/corpus-cleaned-and-deduplicated-v2.{split}.jsonl.gz")
+    assert text_label(run) == "corpus-clean…ated-v2 test"
+    assert len(text_label(run)) == 25
+    assert text_label(make_run(source="novels.txt", split=None)) == "novels"
+
+
+COMMON = "small-model, SP = 0.3, 2 rotations, calibrated at every point"
+
+
+@pytest.mark.parametrize(
+    ("others", "labels"),
+    [
+        ([{"mean": 0.2}], ["", COMMON.replace("0.3", "0.2")]),
+        ([{"source": "ptb"}], [", wikitext2 test", ", ptb test"]),
+        ([{"split": "validation"}], [", wikitext2 test", ", wikitext2 validation"]),
+        ([{"seed": 7}], [", seed 42", ", seed 7"]),
+        ([{"name": "/mine/small-model"}], [", someone/small-model", ", /mine/small-model"]),
+        ([{"source": "ptb", "seed": 7}], [", wikitext2 test, seed 42", ", ptb test, seed 7"]),
+        ([{"tasks": ()}], [", tasks: piqa, arc_easy", ", no tasks"]),
+        ([{}, {}], [" (1)", " (2)", " (3)"]),
+        ([{}, {"seed": 7}], [", seed 42 (1)", ", seed 42 (2)", ", seed 7"]),
+    ],
+    ids=["mean", "text", "split", "seed", "model", "text-and-seed", "tasks", "nothing", "seed-of-one"],
+)
+def test_labels_of_runs_say_what_differs(others, labels):
+    expected = [label if label.startswith("small") else COMMON + label for label in labels]
+    assert run_labels([make_run(**settings) for settings in [{}, *others]]) == expected
 
 
 # ---- plots
@@ -366,6 +493,7 @@ def test_sweep_figure_has_labelled_panels_and_one_curve_a_run():
         "small-model, SP = 0.3, 2 rotations, calibrated at every point",
         "small-model, SP = 0.2, 1 rotation, calibrated at every point",
         "constant slicing (SB = SP), the right end of each curve",
+        "bars and band: one standard error of the accuracy",
     ]
 
 
@@ -374,8 +502,61 @@ def test_accuracy_has_error_bars_of_one_standard_error(run):
     assert bars[0][1][1] - bars[0][0][1] == pytest.approx(2 * math.hypot(0.011, 0.013) / 2)
 
 
+def test_dense_accuracy_has_a_band_of_one_standard_error(run):
+    dense, error = run["points"][0]["mean_accuracy"], math.hypot(0.011, 0.013) / 2
+    perplexity, accuracy = sweep_figure([run]).axes
+    (band,) = accuracy.patches
+    assert (band.get_y(), band.get_height()) == pytest.approx((dense - error, 2 * error))
+    assert len(perplexity.patches) == 0
+
+
 def test_runs_without_tasks_have_no_accuracy_panel():
-    assert len(sweep_figure([make_run(tasks=())]).axes) == 1
+    figure = sweep_figure([make_run(tasks=())])
+    assert len(figure.axes) == 1
+    assert not any("accuracy" in text.get_text() for text in figure.legends[0].get_texts())
+
+
+def legend(*runs: dict[str, Any]) -> dict[str, str]:
+    """What each line and marker of the sweep figure stands for, and its colour."""
+    box = sweep_figure(runs).legends[0]
+    return {
+        text.get_text(): handle.get_color()
+        for text, handle in zip(box.get_texts(), box.legend_handles, strict=True)
+        if hasattr(handle, "get_color")
+    }
+
+
+def test_each_dense_model_is_drawn_once_and_told_apart_by_text_and_full_name():
+    assert legend(make_run(), make_run(mean=0.2), make_run(tasks=()))["small-model, dense"] == "black"
+    texts = legend(make_run(), make_run(source="ptb", dense=30))
+    assert texts["small-model, dense, wikitext2 test"] != texts["small-model, dense, ptb test"]
+    names = legend(make_run(name="/a/step-500"), make_run(name="/b/step-500", dense=20))
+    assert names["step-500, dense, /a/step-500"] != names["step-500, dense, /b/step-500"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "label"),
+    [
+        ([("piqa",), ("piqa",)], "accuracy"),
+        ([("piqa", "arc_easy"), ("arc_easy", "piqa")], "mean accuracy of 2 tasks"),
+        ([("piqa", "arc_easy"), ()], "mean accuracy of 2 tasks"),
+        ([("piqa",), ("arc_easy",)], "accuracy\n(tasks differ between runs)"),
+        ([("piqa", "arc_easy"), ("piqa",)], "mean accuracy\n(tasks differ between runs)"),
+    ],
+)
+def test_the_accuracy_axis_says_where_the_tasks_differ(tasks, label):
+    assert sweep_figure([make_run(tasks=names) for names in tasks]).axes[1].get_ylabel() == label
+
+
+def test_the_accuracy_axis_counts_only_the_tasks_that_the_mean_is_of(run):
+    for point in run["points"]:
+        point["tasks"]["lambada"] = point["tasks"]["piqa"] | {"metric": "perplexity"}
+    assert sweep_figure([run]).axes[1].get_ylabel() == "mean accuracy of 2 tasks"
+
+
+def test_the_perplexity_axis_says_where_the_texts_differ(run):
+    axes = sweep_figure([run, make_run(source="ptb")]).axes[0]
+    assert axes.get_ylabel() == "perplexity\n(texts differ between runs)"
 
 
 def test_perplexities_far_apart_get_a_logarithmic_axis(run):
@@ -383,24 +564,77 @@ def test_perplexities_far_apart_get_a_logarithmic_axis(run):
     assert sweep_figure([run, make_run(dense=300)]).axes[0].get_yscale() == "log"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (62, 325, [60, 80, 100, 150, 200, 300, 400]),
+        (5.3, 106, [5, 10, 20, 30, 50, 100, 200]),
+        (5.2, 4000, [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]),
+        (5.2, 522_000, [3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round_numbers_on_both_sides_of_the_values(low, high, expected):
+    assert log_ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        *((1.0, 5.1), (9.999, 60), (5.25, 106), (3.7, 400), (5.25, 5000), (62, 1e5), (5.25, 1e6), (1.0, 1e8)),
+        *((9.999, 1e10), (5.25, 1e13), (5.25, 1e20), (5.25, 1e100)),
+    ],
+)
+def test_labels_of_a_logarithmic_axis_do_not_overlap(low, high):
+    run = make_run(tasks=())
+    for index, point in enumerate(run["points"]):
+        point["perplexity"] = low if index == 0 else high
+    figure = sweep_figure([run])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    labels = axes.get_yticklabels()
+    assert len(labels) >= 5
+    ticks, (bottom, top) = log_ticks(low, high), axes.get_ylim()
+    assert bottom <= ticks[0] <= low
+    assert high <= ticks[-1] <= top
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(below.y1 < above.y0 for below, above in pairwise(boxes))
+    assert boxes[-1].x0 >= 0
+
+
 def test_extra_points_are_drawn_and_explained():
     texts = [text.get_text() for text in sweep_figure([make_run(equal=True, confirm=True)]).legends[0].get_texts()]
-    assert texts[-2].startswith("constant slicing with as many parameters")
-    assert texts[-1].startswith("confirmed")
+    assert texts[-3].startswith("constant slicing with as many parameters")
+    assert texts[-2].startswith("confirmed")
 
 
-def test_nothing_lies_outside_the_figure():
-    run = make_run(name="a/" + "long-name-" * 8, equal=True, confirm=True)
-    for figure in (sweep_figure([run, make_run(dense=300)]), redundancy_figure(run)):
-        figure.draw_without_rendering()
-        width, height = figure.bbox.size
-        for artist in [*figure.legends, *figure.axes]:
-            box = artist.get_tightbbox()
-            assert box.x0 >= 0
-            assert box.y0 >= 0
-            assert box.x1 <= width
-            assert box.y1 <= height
-        assert figure.legends[0].get_tightbbox().y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)
+LONG = {"name": "a/" + "long-name-" * 8, "source": "/texts/" + "long-text-" * 8 + "{split}.jsonl.gz"}
+
+
+def assert_nothing_overlaps_or_lies_outside(figure: matplotlib.figure.Figure) -> None:
+    """Panels and the legend stand below each other, and no axis label is longer than its panel."""
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    boxes = [artist.get_tightbbox() for artist in [*figure.axes, *figure.legends]]
+    for box in boxes:
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+    assert all(above.y0 >= below.y1 for above, below in pairwise(boxes))
+    for axes in figure.axes:
+        assert axes.yaxis.label.get_window_extent().height <= axes.get_window_extent().height
+
+
+@pytest.mark.parametrize("tasks", [(), ("piqa", "arc_easy")], ids=["perplexity", "tasks"])
+@pytest.mark.parametrize(("count", "step"), [(1, 0.15), (1, 0.06), (1, 0.02), (2, 0.15), (6, 0.02)])
+def test_nothing_overlaps_or_lies_outside_the_sweep_figure(count, step, tasks):
+    runs = [make_run(**LONG, step=step, tasks=tasks, equal=True, confirm=True)]
+    runs += [make_run(name=f"b/{'M' * 30}-{i}", dense=20 * 3**i, step=step, tasks=tasks[:i]) for i in range(1, count)]
+    assert_nothing_overlaps_or_lies_outside(sweep_figure(runs))
+
+
+def test_nothing_overlaps_or_lies_outside_the_figure_by_layer():
+    assert_nothing_overlaps_or_lies_outside(redundancy_figure(make_run(**LONG)))
 
 
 def test_redundancy_figure_shows_vector_and_widths_by_layer(run):
@@ -412,6 +646,20 @@ def test_redundancy_figure_shows_vector_and_widths_by_layer(run):
     assert best == run["points"][-1]["widths"]
     assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("decoder layer", "width (hidden size kept)")
     assert top.get_ylabel() == "layer redundancy LR"
+
+
+def test_layer_redundancy_has_error_bars_and_starts_at_0(run):
+    for figure in (redundancy_figure(run), layer_redundancy_figure(run["redundancy"], "small-model")):
+        axes = figure.axes[0]
+        assert axes.get_ylim()[0] == 0
+        (bars,) = axes.collections
+        assert [high - low for (_, low), (_, high) in bars.get_segments()] == pytest.approx([2 * 0.004 / 0.4] * 6)
+
+
+def test_layers_with_equal_cosines_are_drawn_without_error_bars(run):
+    figure = layer_redundancy_figure(run["redundancy"] | {"cosine": [0.5] * 6}, "small-model")
+    assert len(figure.axes[0].patches) == 6
+    assert len(figure.axes[0].collections) == 0
 
 
 def test_a_run_without_redundancy_cannot_be_drawn_by_layer(run):
@@ -427,6 +675,48 @@ def test_plots_of_unfinished_runs_are_written(run, tmp_path):
         plot_redundancy(unfinished, tmp_path / "redundancy.png")
         assert (tmp_path / "sweep.png").stat().st_size > 5000
         assert (tmp_path / "redundancy.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_a_figure_has_the_format_of_its_ending(run, tmp_path, ending):
+    plot_layer_redundancy(run["redundancy"], "small-model", tmp_path / f"lr.{ending}")
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[ending]
+    assert (tmp_path / f"lr.{ending}").read_bytes().startswith(start)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", ["results.csv", "sweep.png", "redundancy.png"])
+def test_a_write_that_fails_leaves_the_old_file(run, tmp_path, monkeypatch, name):
+    write_files([run], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"results.csv", "sweep.png", "redundancy.png"}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def partly_written(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"\x89PN")
+        if name in path.name:
+            full()
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", partly_written)
+    if name == "results.csv":
+        monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    with pytest.raises(InputError, match=rf"can't write .*{name} \(No space left on device\)"):
+        write_files([run], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    assert (tmp_path / name).read_bytes() == before[name]
+
+
+def test_a_run_in_which_nothing_was_sliced_has_no_figures(tmp_path):
+    dense = make_run(mean=0)
+    check_results(dense)
+    write_files([dense], tmp_path / "dense")
+    assert {path.name for path in (tmp_path / "dense").iterdir()} == {"results.csv"}
+    write_files([dense, make_run()], tmp_path / "both")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"results.csv", "sweep.png"}
 
 
 # ---- command
@@ -456,7 +746,43 @@ def test_report_of_two_runs_is_one_table_and_one_figure(tmp_path, capsys):
     assert len((output / "results.csv").read_text().splitlines()) == 1 + 5 + 4
 
 
+def test_lines_below_a_table_of_equal_runs_say_which_run_they_are_of(tmp_path, capsys):
+    folders = [save(make_run(seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
+    assert main(list(map(str, folders))) == 0
+    text = capsys.readouterr().out
+    for seed in (1, 2):
+        assert f"{COMMON}, seed {seed}: Best dynamic point" in text
+
+
 def test_an_output_folder_that_cannot_be_written_ends_in_exit_code_2(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(save(run, tmp_path / "run")), "--output", str(tmp_path / "file" / "report")]) == 2
-    assert re.fullmatch(r"error: .* can't be written .*--output\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: can't write .*results\.csv \(.*\): choose another place\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "required: FOLDER"), (["run", "--out", "x"], "unrecognized arguments: --out x")],
+    ids=["no-folder", "short-flag"],
+)
+def test_a_wrong_command_line_ends_in_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert re.fullmatch(rf"error: .*{message}; see --help\n", capsys.readouterr().err)
+
+
+def test_help_has_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m slicing.report ")
+
+
+def test_ctrl_c_ends_in_one_line_and_exit_code_130(run, tmp_path, capsys, monkeypatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slicing.report.plot_sweep", interrupt)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handler of this process stays
+    assert main([str(save(run, tmp_path / "run"))]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

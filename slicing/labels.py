@@ -1,0 +1,84 @@
+"""How runs are named in tables and figures: short, and different where the runs differ."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slicing.results import Results, is_accuracy
+
+TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
+
+
+def model_name(results: Results) -> str:
+    """Last part of the hub name or path."""
+    return Path(results["model"]["name"]).name
+
+
+def text_name(source: str) -> str:
+    """A short name for a text: the data set's, or the file's without folder, endings and {split}; where nothing is left
+    of that, the folder's."""
+    path = Path(source)
+    stem = path.with_suffix("").stem if path.suffix in (".gz", ".xz") else path.stem
+    names = (part.replace("{split}", "").strip("/._-") for part in (stem, *reversed(path.parent.parts)))
+    return next(filter(None, names), "text")
+
+
+def text_label(results: Results) -> str:
+    """Name and split of the text of the perplexity; the middle is left out where it is too long for an axis."""
+    text = results["data"]["perplexity"]
+    label = f"{text_name(text['source'])} {text['split'] or ''}".strip()
+    half = TEXT_LABEL_LENGTH // 2
+    return label if len(label) <= TEXT_LABEL_LENGTH else f"{label[:half]}…{label[-half:]}"
+
+
+def run_label(results: Results) -> str:
+    """Model, mean, rotations and calibration, for a legend; the model alone where nothing was sliced."""
+    point = next((point for point in results["points"] if point["kind"] == "sweep"), None)
+    if point is None:
+        return model_name(results)
+    rotations = f"{point['rotations']} rotation{'' if point['rotations'] == 1 else 's'}"
+    calibrated = "calibrated once" if point["calibration"] == "once" else "calibrated at every point"
+    return f"{model_name(results)}, SP = {point['mean']:g}, {rotations}, {calibrated}"
+
+
+def run_labels(runs: Sequence[Results]) -> list[str]:
+    """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model
+    and tasks, else with a number."""
+    marks = (text_label, lambda run: f"seed {run['seed']}", lambda run: str(run["model"]["name"]), _task_names)
+    return _told_apart([run_label(run) for run in runs], runs, marks)
+
+
+def dense_labels(runs: Sequence[Results]) -> list[str]:
+    """A label for the dense model of each run, all different in the same way; no seed changes these."""
+    marks = (text_label, lambda run: str(run["model"]["name"]), _task_names)
+    return _told_apart([f"{model_name(run)}, dense" for run in runs], runs, marks)
+
+
+def _told_apart(labels: Sequence[str], runs: Sequence[Results], marks: Sequence[Callable[[Results], str]]) -> list[str]:
+    """Labels that are all different: equal ones go on with each mark that differs between their runs, or a number."""
+    told = list(labels)
+    for label in set(labels):
+        group = [i for i, other in enumerate(labels) if other == label]
+        for mark in marks:
+            texts = [mark(runs[i]) for i in group]
+            if len(set(texts)) > 1:
+                for i, text in zip(group, texts, strict=True):
+                    told[i] += f", {text}"
+    return [f"{one} ({told[:i].count(one) + 1})" if told.count(one) > 1 else one for i, one in enumerate(told)]
+
+
+def _task_names(results: Results) -> str:
+    names = {name: None for point in results["points"] for name in point["tasks"]}
+    return f"tasks: {', '.join(names)}" if names else "no tasks"
+
+
+def accuracy_label(runs: Sequence[Results]) -> str:
+    """What the mean accuracies of the runs are means of, for an axis."""
+    found = [
+        {name for point in run["points"] for name, score in point["tasks"].items() if is_accuracy(score)}
+        for run in runs
+    ]
+    tasks = [names for names in found if names]
+    label = "accuracy" if all(len(names) == 1 for names in tasks) else "mean accuracy"
+    if any(names != tasks[0] for names in tasks):
+        return f"{label}\n(tasks differ between runs)"
+    return label if label == "accuracy" else f"{label} of {len(tasks[0])} tasks"
