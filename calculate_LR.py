@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slicing import InputError
-from slicing.options import Parser, at_least, check_output, check_positions, check_seed
+from slicing.command_line import Parser, at_least, check_output, check_seed, exit_code
+from slicing.options import check_positions
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,7 @@ def parse(argv: Sequence[str] | None) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     options = parse(argv)
-    try:
-        measure(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: measure(options), "interrupted")
 
 
 def measure(options: Options) -> None:
@@ -86,14 +82,18 @@ def measure(options: Options) -> None:
     if options.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
+    from slicing.evaluation import check_token_ids
     from slicing.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
     from slicing.text import check_source, token_windows
 
-    resolve_device(options.device)
+    device = resolve_device(options.device)
     resolve_dtype(options.dtype)
     check_source(options.dataset, options.split, options.text_column)
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    check_positions(load_config(options.model, **where), "--max-seq-len", options.max_seq_len)
+    config = load_config(options.model, **where)
+    if config.model_type == "sliced":
+        raise InputError(f"{options.model!r} is sliced already: measure LR on the model that it was made of")
+    check_positions(config, "--max-seq-len", options.max_seq_len)
     windows = token_windows(
         options.dataset,
         load_tokenizer(options.model, **where),
@@ -104,13 +104,18 @@ def measure(options: Options) -> None:
         seed=options.seed,
         text_column=options.text_column,
     )
-    model, _ = load_model(options.model, device=options.device, dtype=options.dtype, **where)
+    check_token_ids(windows, config.get_text_config(decoder=True).vocab_size)
+    model, _ = load_model(options.model, device="cpu", dtype=options.dtype, **where)
 
+    from slicing.files import write_json
+    from slicing.placement import must_offload, on_devices
     from slicing.provenance import text_entry
     from slicing.redundancy import layer_redundancy
-    from slicing.store import write_json
 
-    redundancy = layer_redundancy(model, windows, batch_size=options.batch_size, progress=not options.quiet)
+    if not must_offload(model, device, calibration_tokens=0):
+        model.to(device)
+    with on_devices(model, device):
+        redundancy = layer_redundancy(model, windows, batch_size=options.batch_size, progress=not options.quiet)
     print(redundancy.table(), file=sys.stderr)
     print(redundancy.line())
     if options.output:

@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from slicing import InputError
-from slicing.options import Options, Parser
+from slicing.command_line import Parser, exit_code
+from slicing.options import Options
 
 
 def parse(argv: Sequence[str] | None) -> Options:
@@ -73,15 +73,8 @@ def parse(argv: Sequence[str] | None) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     options = parse(argv)
-    try:
-        sweep(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the finished points are kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    message = "interrupted: the finished points are kept; the same command goes on from there"
+    return exit_code(lambda: sweep(options), message)
 
 
 def sweep(options: Options) -> None:
@@ -90,14 +83,17 @@ def sweep(options: Options) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
     from slicing.options import check
+    from slicing.ranks import join_ranks
 
+    ranks = join_ranks()  # before the checks: where one rank fails them, the others learn it
     checked = check(options)
+    if ranks.first:
+        for note in checked.notes:
+            print(f"note: {note}", file=sys.stderr)
 
     from slicing.experiment import Experiment
-    from slicing.ranks import join_ranks
     from slicing.report import equal_size_summary, format_row, header, write_files
 
-    ranks = join_ranks()
     experiment = Experiment(checked, ranks)
     tasks = checked.tasks.names if checked.tasks else []
 
@@ -108,7 +104,8 @@ def sweep(options: Options) -> None:
 
     results = experiment.run(print_row)
     if ranks.first:
-        print("\n".join(equal_size_summary(results)))
+        for line in equal_size_summary(results):
+            print(line)
         write_files([results], experiment.folder.folder)
         if not options.quiet:
             print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)

@@ -42,11 +42,11 @@ def resolve_device(device: str) -> torch.device:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if device == "auto":
-        return torch.device(there[0])
+        device = there[0]
     if device == "cuda" and gpus:
         return torch.device("cuda", torch.cuda.current_device())
     if device in there:
-        return torch.device(device)
+        return torch.device(device, 0) if device == "mps" else torch.device(device)  # as tensors have it
     if re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise InputError(f"the device {device!r} is not there; this machine has {', '.join(there)}")
     raise InputError(

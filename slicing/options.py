@@ -1,15 +1,14 @@
 """The options of an experiment, and the checks that need no weights: what is wrong is said before they are loaded."""
 
-import argparse
-import json
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from .command_line import at_least, check_seed
 from .families import InputError, find_family
-from .schedule import check_vector, final_slices, normalise, slice_widths, sweep_amounts
+from .files import read_json
+from .results import check_redundancy
+from .schedule import check_vector, final_slices, normalise, rounded_down, slice_widths, sweep_amounts
 
 if TYPE_CHECKING:
     import torch
@@ -18,19 +17,6 @@ if TYPE_CHECKING:
     from .tasks import TaskSet
 
 REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no shortened flags and whose errors are one line on stderr; exit code 2."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """End the process."""
-        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
 @dataclass(frozen=True)
@@ -90,6 +76,7 @@ class Checked:
     vector: LR (L), None where it is to be measured; source: what its JSON file says of it besides.
     test_windows, calibration_windows, validation_windows, redundancy_windows: token ids (N, S) each, of what
         perplexity, slicing, --find-base and a vector that is not given are measured on; None where there is no need.
+    notes: what a user should know before the run.
     """
 
     options: Options
@@ -101,6 +88,7 @@ class Checked:
     calibration_windows: "torch.Tensor | None" = None
     validation_windows: "torch.Tensor | None" = None
     redundancy_windows: "torch.Tensor | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def hidden_size(self) -> int:
@@ -152,9 +140,10 @@ def check(options: Options) -> Checked:
             if getattr(options, flag.replace("-", "_")) != wanted:
                 raise InputError(f"--{flag} needs a mean above 0, got --mean 0: nothing is sliced at 0")
 
+    from .evaluation import check_token_ids
     from .loading import load_config, load_tokenizer, resolve_device, resolve_dtype
-    from .tasks import resolve_tasks
-    from .text import check_source, token_windows
+    from .tasks import check_fewshot, resolve_tasks
+    from .text import check_source, is_file, token_windows
 
     resolve_device(options.cuda_device)
     resolve_dtype(options.dtype)
@@ -178,13 +167,18 @@ def check(options: Options) -> Checked:
             vector = vector if (min(vector), max(vector)) == (0, 1) else normalise(vector)
             final_slices(vector, mean=options.mean, base=0.0, limit=limit)  # of all bases the one that can do least
     tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
+    if tasks is not None:
+        check_fewshot(tasks, options.num_fewshot)
 
     tokenizer = load_tokenizer(options.model, **where)
 
-    def windows(source: str, split: str, **which: int) -> "torch.Tensor":
-        return token_windows(
-            source, tokenizer, split=split, seed=options.seed, text_column=options.text_column, **which
-        )
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+
+    def windows(source: str, split: str, **which: Any) -> "torch.Tensor":
+        which |= {"split": split, "seed": options.seed, "text_column": options.text_column}
+        found = token_windows(source, tokenizer, **which)
+        check_token_ids(found, vocabulary)
+        return found
 
     test = windows(options.dataset, options.perplexity_split, length=options.perplexity_length)
     calibration = validation = redundancy = None
@@ -202,10 +196,17 @@ def check(options: Options) -> Checked:
                 redundancy = windows(options.source_for_vector, REDUNDANCY_SPLIT, **grid)
             except InputError as error:
                 raise InputError(f"can't measure LR: {error}; or give the --vector-cut of calculate_LR.py") from error
+    notes = []
+    if source is not None and source["model"] not in (None, options.model):
+        notes.append(f"the vector was measured on {source['model']!r}, the model is {options.model!r}")
     if given is not None and vector != given:
-        print(f"note: the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]", file=sys.stderr)
+        notes.append(f"the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]")
+    if options.mean > 0 and is_file(options.dataset) and "{split}" not in options.dataset:
+        notes.append(f"calibration and perplexity are on the same text: {options.dataset!r} has no '{{split}}' in it")
+    elif options.mean > 0 and options.perplexity_split == "train":
+        notes.append("calibration and perplexity are on the same text: --perplexity-split is train")
     test = test[: options.perplexity_samples]
-    return Checked(options, config, vector, source, tasks, test, calibration, validation, redundancy)
+    return Checked(options, config, vector, source, tasks, test, calibration, validation, redundancy, tuple(notes))
 
 
 def _highest_cut(options: Options, hidden_size: int) -> float:
@@ -216,40 +217,10 @@ def _highest_cut(options: Options, hidden_size: int) -> float:
     highest = 1 - interval / hidden_size
     if options.mean > highest:
         raise InputError(
-            f"--mean is {options.mean:g}: it must be at most {hidden_size - interval}/{hidden_size}, since each layer"
+            f"--mean is {options.mean:g}: it must be at most {rounded_down(highest)}, since each layer"
             f" keeps at least --round-interval {interval} of {hidden_size}"
         )
     return highest
-
-
-def at_least(limit: int, name: str, value: int | None) -> None:
-    """InputError where a number is below its limit."""
-    if value is not None and value < limit:
-        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
-
-
-def check_seed(seed: int) -> None:
-    """InputError for a seed that not every generator takes: NumPy's is the narrowest."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed is {seed}: it must lie in [0, {2**32 - 1}]")
-
-
-def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:
-    """InputError where a file can't be written, or its ending is none of these. Leaves nothing behind."""
-    if file is None:
-        return
-    path = Path(file)
-    if path.suffix.lower() not in endings:
-        raise InputError(f"{flag} is {file!r}: the name must end in {' or '.join(endings)}")
-    try:
-        if path.is_dir():
-            raise InputError(f"{flag} is {file!r}, a folder: give the name of a file")
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"the folder of {flag} {file!r} is not there: make it first")
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise InputError(f"can't write {flag} {file!r} ({error.strerror}): choose another place") from error
 
 
 def positions_of(config: "PretrainedConfig") -> int | None:
@@ -266,17 +237,22 @@ def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
 
 
 def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | None]:
-    """LR from the command line: a number a layer, or one JSON file that calculate_LR.py --output wrote."""
+    """LR from the command line: a number a layer, or one JSON file that calculate_LR.py --output wrote; and what such a
+    file says of it."""
     if len(given) == 1 and given[0].endswith(".json"):
         try:
-            content = json.loads(Path(given[0]).read_text(encoding="utf-8"))
-            if not isinstance(content["normalised"], list):
-                raise TypeError
-            return [float(value) for value in content["normalised"]], content
-        except OSError as error:
-            raise InputError(f"can't read {given[0]} ({error.strerror}): give the file of --output") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{given[0]} holds no LR vector: give the file that --output wrote") from error
+            content = read_json(Path(given[0]))
+            if not isinstance(content, dict):
+                raise InputError("it is no object")
+            source: dict[str, Any] = {name: content.get(name) for name in ("normalised", "cosine", "stderr")}
+            check_redundancy(source, content.get("data"))
+        except InputError as error:
+            raise InputError(f"--vector-cut {given[0]!r}: {error}: give the file that --output wrote") from error
+        arguments = content.get("arguments")
+        return source["normalised"], source | {
+            "data": content.get("data"),
+            "model": arguments.get("model") if isinstance(arguments, dict) else None,
+        }
     try:
         return [float(value) for value in " ".join(given).split()], None  # also of a quoted line
     except ValueError as error:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from .families import InputError
 
 T = TypeVar("T")
@@ -37,9 +34,11 @@ class Ranks:
 
     def own_device(self, wanted: str) -> str:
         """The word for this rank's device: `auto` and `cuda` are a card of its own, as far as there are enough."""
-        if self.count == 1 or wanted not in ("auto", "cuda") or not torch.cuda.is_available():
+        if self.count == 1 or wanted not in ("auto", "cuda"):
             return wanted
-        return f"cuda:{self.local % torch.cuda.device_count()}"
+        import torch
+
+        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else wanted
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of the items: every count-th."""
@@ -49,15 +48,19 @@ class Ranks:
         """Rank 0's value, in every rank."""
         if self.count == 1:
             return value
+        import torch.distributed as dist
+
         values: list[Any] = [value]
         with _lost_rank():
             dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
 
-    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def wait(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Until every rank has come here; `meanwhile` is called again and again."""
         if self.count == 1:
             return
+        import torch.distributed as dist
+
         with _lost_rank():
             arrived = dist.barrier(async_op=True)
         while not arrived.is_completed():  # true, too, where a rank is lost: then wait() raises
@@ -69,6 +72,8 @@ class Ranks:
     def leave(self) -> None:
         """End the process group."""
         if self.count > 1:
+            import torch.distributed as dist
+
             dist.destroy_process_group()
 
 
@@ -83,16 +88,23 @@ def _lost_rank() -> Iterator[None]:
 def join_ranks() -> Ranks:
     """Join the processes that a launcher started with this one; a process of its own is rank 0 of 1.
 
-    The process group is gloo's on any device: ranks exchange a few numbers, never tensors of the model.
+    The process group is gloo's on any device: ranks exchange a few numbers, never tensors of the model. InputError for
+    variables of a launcher that make no sense.
     """
     environment = os.environ
-    if "RANK" not in environment:
-        environment.update(_slurm_step(environment))
-    count = int(environment.get("WORLD_SIZE", "1"))
-    if count == 1:
-        return Ranks()
-    dist.init_process_group("gloo", timeout=_WAIT)
-    return Ranks(dist.get_rank(), count, int(environment.get("LOCAL_RANK", "0")))
+    try:
+        if "RANK" not in environment:
+            environment.update(_slurm_step(environment))
+        count, local = (int(environment.get(name, value)) for name, value in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        if count == 1:
+            return Ranks()
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=_WAIT)
+    except (ValueError, KeyError, IndexError) as error:
+        wrong = " ".join(str(error).split())
+        raise InputError(f"the launcher's variables can't be used ({wrong}): start with torchrun or srun") from error
+    return Ranks(dist.get_rank(), count, local)
 
 
 def _slurm_step(environment: Any) -> dict[str, str]:

@@ -59,7 +59,7 @@ def final_slices(redundancy: Iterable[float], *, mean: float, base: float, limit
     if reachable < mean - 1e-13:
         raise InputError(
             f"a mean of {mean:g} with base {base:g} is impossible with this vector: no layer may lose more than"
-            f" {limit:.4g}, layers of LR 0 lose the base only; the highest possible mean is {_rounded_down(reachable)}"
+            f" {limit:.4g}, layers of LR 0 lose the base only; the highest possible mean is {rounded_down(reachable)}"
         )
 
     slices = [float(limit if lr > 0 else base) for lr in vector]
@@ -161,6 +161,6 @@ def _check_mean(mean: float) -> None:
         raise InputError(f"the mean cut is {mean:g}: it must lie in [0, 1)")
 
 
-def _rounded_down(value: float) -> str:
+def rounded_down(value: float) -> str:
     """Four decimals, never above the value: the figure can be given back as a mean."""
     return f"{math.floor(value * 10_000) / 10_000:.4f}"

@@ -124,6 +124,20 @@ def resolve_tasks(tasks: Sequence[str], include_path: str | Path | None = None) 
     return TaskSet(names, manager)
 
 
+def check_fewshot(tasks: TaskSet, num_fewshot: int | None) -> None:
+    """Raise InputError for a task with fewer documents than the examples in its prompt. Reads all documents."""
+    for name, task in tasks.loaded.tasks.items():
+        wanted = _fewshot(tasks.loaded.num_fewshot[name], num_fewshot)
+        there = getattr(getattr(task, "sampler", None), "df", None)
+        if there is not None and wanted > len(there):
+            raise InputError(f"task {name} has {len(there)} examples for its prompt: --num-fewshot is {wanted}")
+
+
+def _fewshot(own: int | None, given: int | None) -> int:
+    """How many examples a task gets; a task that sets 0 itself keeps it, as in lm-eval."""
+    return (own or 0) if given is None or own == 0 else given
+
+
 def _is_complete(name: str, index: dict[str, Any]) -> bool:
     """Whether the index has the name and, for a group, everything that the group names."""
     if name not in index:
@@ -237,8 +251,7 @@ def evaluate_tasks(
 
     loaded = tasks.loaded
     for name, task in loaded.tasks.items():
-        default = loaded.num_fewshot[name]
-        task.set_config("num_fewshot", (default or 0) if num_fewshot is None or default == 0 else num_fewshot)
+        task.set_config("num_fewshot", _fewshot(loaded.num_fewshot[name], num_fewshot))
     own_tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     size = first_batch(batch_size, 64 if is_gpu(model.device) else 8)
     results: dict[str, Any] | None = None

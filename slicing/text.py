@@ -163,7 +163,7 @@ def token_windows(
 
 def _is_hub(source: str, split: str) -> bool:
     """Whether the source is a data set of the hub (else "demo" or a file), its name and split checked."""
-    if source != DEMO and _is_file(source):
+    if source != DEMO and is_file(source):
         return False
     if source != DEMO and source not in HUB:
         known = [DEMO, *HUB]
@@ -178,7 +178,8 @@ def _is_hub(source: str, split: str) -> bool:
     return source in HUB
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source is meant as a file, not as the name of a data set."""
     return "/" in source or file_kind(source) is not None or (source not in HUB and local_path(source).exists())
 
 

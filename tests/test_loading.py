@@ -104,6 +104,16 @@ def test_shards_are_put_together(tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_on_the_cpu_are_mapped_from_the_file(folder):
+    model, _ = load_model(str(folder), device="cpu")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    place = str(folder / "model.safetensors")
+    mapped = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1] == place]
+    for name, parameter in model.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in mapped), name
+
+
 def test_a_sliced_model_loads_with_the_repos_class_and_no_remote_code(saved, tmp_path):
     from slicing.modeling import SlicedForCausalLM
     from slicing.rotation import rotate_and_slice
@@ -372,7 +382,7 @@ def machine(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("gpus", "mps", "expected"), [(2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")])
+@pytest.mark.parametrize(("gpus", "mps", "expected"), [(2, True, "cuda:0"), (0, True, "mps:0"), (0, False, "cpu")])
 def test_auto_takes_the_best_device_that_is_there(machine, gpus, mps, expected):
     machine(gpus, mps)
     assert resolve_device("auto") == torch.device(expected)

@@ -64,3 +64,17 @@ def test_each_rank_has_a_card_of_its_own(monkeypatch):
 def test_a_lost_rank_is_an_error_that_points_to_it():
     with pytest.raises(InputError, match="its own error says why"), _lost_rank():
         raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"WORLD_SIZE": "x"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "["}],
+    ids=["no number", "no master", "no nodes"],
+)
+def test_variables_that_make_no_sense_are_an_error(variables, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *STEP):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"the launcher's variables can't be used .*: start with torchrun or srun"):
+        join_ranks()

@@ -49,6 +49,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def already_sliced(shared: Path) -> Path:
+    """The folder of a sliced model."""
+    model, tokenizer = load_model(str(shared / "model"), device="cpu")
+    windows = token_windows(str(shared / "text" / "train.txt"), tokenizer, split="train", length=16, count=4)
+    folder = shared / "sliced"
+    rotate_and_slice(model, windows, [40, 32, 24]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[[Script, Sequence[str]], Ended]:
     """Runs a script in this process."""
@@ -157,7 +168,7 @@ SWEEP_CASES = {
     "a mean that is no number": (["--mean", "nan"], r"mean cut is nan: it must lie in \[0, 1\)"),
     "a mean that is a word": (["--mean", "abc"], "--mean: invalid float value: 'abc'; see --help"),
     "a mean that the vector can't reach": (["--mean", "0.7"], "0.7 .* impossible .* highest possible mean is 0.5555"),
-    "a mean beyond every width": (["--mean", "0.9"], "--mean is 0.9: it must be at most 40/48, .* --round-interval 8"),
+    "a mean beyond every width": (["--mean", "0.9"], "--mean is 0.9: it must be at most 0.8333, .* --round-interval 8"),
     "a vector that is too short": (["--vector-cut", "0", "1"], "has 2 values, the model 3 layers: give one value a"),
     "a vector that is too long": (["--vector-cut", "0", "1", "1", "1"], "has 4 values, the model 3 layers"),
     "a vector with NaN": (["--vector-cut", "0", "nan", "1"], "has nan for layer 1: give finite numbers"),
@@ -168,12 +179,15 @@ SWEEP_CASES = {
     "a vector with a word": (["--vector-cut", "0", "half", "1"], "takes numbers or one .json file: .*'half'"),
     "a vector of nothing": (["--vector-cut"], "--vector-cut: expected at least one argument; see --help"),
     "a vector of nothing in quotes": (["--vector-cut", ""], "the LR vector is empty: give one value a layer"),
-    "a vector file that is not there": (["--vector-cut", "no.json"], "can't read no.json .*: give the file of --out"),
+    "a vector file that is not there": (
+        ["--vector-cut", "no.json"],
+        "no.json can't be read .*: give the file",
+    ),
     "no step": (["--step", "0"], "the step is 0: it must be a number of at least 1e-06, such as 0.02"),
     "a step below 0": (["--step", "-0.02"], "the step is -0.02: it must be"),
     "no round interval": (["--round-interval", "0"], "--round-interval " + BELOW.format(0, 1)),
     "a round interval beyond D": (["--round-interval", "49"], "is 49: it must be at most 48, the model's hidden size"),
-    "a round interval of D": (["--round-interval", "48"], "--mean is 0.3: it must be at most 0/48"),
+    "a round interval of D": (["--round-interval", "48"], "--mean is 0.3: it must be at most 0.0000"),
     "no calibration windows": (["--calibration-samples", "0"], "--calibration-samples " + BELOW.format(0, 1)),
     "no calibration length": (["--calibration-length", "-5"], "--calibration-length " + BELOW.format(-5, 1)),
     "calibration beyond the positions": (["--calibration-length", "257"], "--calibration-length is 257, .* 256 positi"),
@@ -232,12 +246,26 @@ def test_a_vector_file_without_a_vector_is_refused(refused, here, content):
         (here / "lr.json").mkdir()
     else:
         (here / "lr.json").write_text(content)
-    refused(sweep, ["--vector-cut", "lr.json"], "lr.json .*: give the file")
+    refused(sweep, ["--vector-cut", "lr.json"], "'lr.json': .*: give the file that --output wrote")
 
 
-@pytest.mark.parametrize(("values", "message"), [("[0, NaN, 1]", "nan for layer 1"), ("[0, 1]", "2 values")])
+@pytest.mark.parametrize(("values", "message"), [("[0, NaN, 1]", "NaN is no number"), ("[0, 1]", "2 values")])
 def test_a_vector_from_a_file_is_checked_as_one_from_the_command_line(refused, here, values, message):
     (here / "lr.json").write_text(f'{{"normalised": {values}}}')
+    refused(sweep, ["--vector-cut", "lr.json"], message)
+
+
+SPOILT = {
+    "a value too few": ({"cosine": [0.5, 0.6]}, "cosine has 2 values, normalised 3"),
+    "words": ({"stderr": "none"}, "stderr is 'none' of type str: it must be numbers"),
+    "data of another kind": ({"data": {"source": "demo"}}, "data.length is missing"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_a_vector_file_says_besides_is_checked_too(refused, here, case):
+    more, message = SPOILT[case]
+    (here / "lr.json").write_text(json.dumps({"normalised": [0, 0.5, 1]} | more))
     refused(sweep, ["--vector-cut", "lr.json"], message)
 
 
@@ -309,6 +337,49 @@ def test_the_text_of_the_search_is_checked_before_the_model_is_loaded(refused, h
 @pytest.mark.parametrize("flag", ["--accuracy-limit", "--num-fewshot", "--include-path"])
 def test_options_of_tasks_are_refused_without_tasks(refused, flag):
     refused(sweep, [flag, "5"], f"{flag} says how --tasks are measured: give --tasks too")
+
+
+BAD_TASKS = {
+    "without their documents": (["tiny_missing"], "documents of task tiny_missing can't be loaded"),
+    "twice": (["tiny_group", "tiny_colours"], "task tiny_colours is in both tiny_group and tiny_colours"),
+    "too few examples": (["tiny_endings", "--num-fewshot", "200"], r"has \d+ examples for its prompt: --num-f"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+def test_tasks_are_refused(refused, case):
+    arguments, message = BAD_TASKS[case]
+    refused(sweep, ["--include-path", str(TASKS), "--tasks", *arguments], message)
+
+
+@pytest.mark.parametrize("script", ARGUMENTS, ids=lambda script: script.__name__)
+def test_ctrl_c_is_one_line_and_130(run, shared, script, monkeypatch):
+    def interrupt(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slicing.loading.load_config", interrupt)
+    code, out, err = run(script, ARGUMENTS[script](shared))
+    assert (code, out) == (130, "")
+    assert re.fullmatch("interrupted[^\n]*\n", err)
+
+
+def test_output_that_nobody_reads_ends_without_a_traceback(tmp_path):
+    code = "from slicing.command_line import exit_code; raise SystemExit(exit_code(lambda: print('x' * 10**6), ''))"
+    command = f'{sys.executable} -c "{code}"; echo $? >&2'
+    piped = ["bash", "-c", f"({command}) | head -c 1"]
+    done = subprocess.run(piped, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("x", "1\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (calculate_LR, "is sliced already: measure LR on the model that it was made of"),
+        (sweep, "can't slice 'sliced': it is sliced already, and can only be evaluated"),
+    ],
+)
+def test_a_sliced_model_is_not_sliced_again(already_sliced, refused, script, message):
+    with_model(script, str(already_sliced), refused, message)
 
 
 def model_flag(script: Script, name: str) -> list[str]:
@@ -389,6 +460,9 @@ def test_a_model_that_can_not_be_used_is_refused(refused, spoilt, script):
     with_model(script, str(spoilt), refused, "is an encoder-decoder; only decoders can be sliced")
     (spoilt / "config.json").write_text('{"model_type": "martian"}')
     with_model(script, str(spoilt), refused, "can't be used: .*martian")
+    (spoilt / "config.json").write_text(good)
+    changed_config(spoilt, vocab_size=5)
+    with_model(script, str(spoilt), refused, "token ids go from .* use the tokenizer that belongs to the model")
     (spoilt / "config.json").write_text(good)
     (spoilt / "tokenizer.json").unlink()
     with_model(script, str(spoilt), refused, "the tokenizer of .* can't be loaded")
@@ -611,7 +685,9 @@ def test_output_and_plot_are_written_and_output_is_a_vector_for_the_sweep(run, h
 
     checked = check(sweep.parse(sweep_arguments(shared, "--vector-cut", "lr.json")))
     assert checked.vector == written["normalised"]
-    assert checked.source == written
+    assert checked.source == {name: written[name] for name in ("normalised", "cosine", "stderr", "data")} | {
+        "model": str(shared / "model")
+    }
 
 
 def test_the_printed_line_is_a_vector_for_the_sweep_quoted_or_not(run, shared):
@@ -623,12 +699,33 @@ def test_the_printed_line_is_a_vector_for_the_sweep_quoted_or_not(run, shared):
 def test_one_window_has_no_standard_error(run, here, shared):
     ended = run(calculate_LR, lr_arguments(shared, "--samples", "1", "--output", "lr.json", "--plot", "lr.svg"))
     assert ended.code == 0
-    assert "nan" in ended.err
+    assert "nan" not in ended.err
+    assert [line.split()[2] for line in ended.err.splitlines()[-LAYERS:]] == ["-"] * LAYERS
     assert json.loads((here / "lr.json").read_text())["stderr"] is None
     assert "<svg" in (here / "lr.svg").read_text()
 
 
 # ---- the checks of the sweep
+
+
+@pytest.mark.parametrize(
+    ("more", "note"),
+    [
+        (["--vector-cut", "0.2", "0.5", "0.7"], "the vector goes from 0.2 to 0.7; normalised to"),
+        (["--vector-cut", "lr.json"], "the vector was measured on 'another', the model is"),
+        (["--dataset", "text.txt"], "on the same text: 'text.txt' has no '{split}' in it"),
+        (["--perplexity-split", "train"], "on the same text: --perplexity-split is train"),
+    ],
+)
+def test_what_a_user_should_know_is_noted(here, shared, more, note):
+    (here / "lr.json").write_text('{"normalised": [0, 0.5, 1], "arguments": {"model": "another"}}')
+    shutil.copy(shared / "text" / "train.txt", here / "text.txt")
+    (found,) = check(sweep.parse(sweep_arguments(shared, *more))).notes
+    assert note in found
+
+
+def test_a_run_on_split_texts_needs_no_note(shared):
+    assert check(sweep.parse(sweep_arguments(shared))).notes == ()
 
 
 def test_the_checks_hand_on_the_windows_that_the_run_needs(shared):
