@@ -1,10 +1,9 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
-import gc
+import math
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,30 +18,35 @@ from transformers import PreTrainedModel
 from . import provenance
 from .bases import Bases, dense_bases
 from .evaluation import perplexity, window_nll
+from .families import InputError
 from .loading import load_model
 from .model_card import write_model_card
 from .modeling import count_parameters
 from .options import Checked, Target
 from .placement import must_offload, on_devices
 from .redundancy import layer_redundancy
-from .results import SCHEMA_VERSION, Point, Results
+from .results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
 from .rotation import rotate_and_slice, slice_with_bases
 from .store import content_key, windows_key
 from .tasks import evaluate_tasks
 
 # Options that a point's numbers don't depend on, or that stand in its key by what they come to.
 _NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_base", "offload", "cuda_device"}
-_NOT_IN_KEY |= {"vector_cut", "source_for_vector", "mean", "step", "rotations", "calibration", "round_interval"}
+_NOT_IN_KEY |= {"vector_cut", "source_for_vector", "mean", "step", "rotations", "round_interval", "calibration"}
+_NOT_IN_KEY |= {"calibration_samples", "calibration_length", "perplexity_length", "perplexity_samples"}
+_NOT_IN_KEY |= {"model", "dataset", "text_column", "perplexity_split"}
 
 
 class Bench:
     """A model on its device, ready to be sliced and measured.
 
     test_windows (N, S), calibration_windows (N, S): token ids; the latter None where nothing is sliced.
+    processes: how many of the run may be on this machine, this one included.
     """
 
-    def __init__(self, checked: Checked, device: torch.device, *, progress: bool) -> None:
+    def __init__(self, checked: Checked, device: torch.device, *, progress: bool, processes: int = 1) -> None:
         self.checked, self.options, self.device, self.progress = checked, checked.options, device, progress
+        self.processes = processes
         options = self.options
         self.model, self.tokenizer = load_model(
             options.model,
@@ -56,8 +60,8 @@ class Bench:
         if not (options.offload or must_offload(self.model, device, calibration_tokens)):
             self.model.to(device)
         self._bases: Bases | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None  # of bases that memory is too short for
         self._dependences = self._known_dependences()
+        self._git = provenance.git_commit()
 
     # ---- what numbers depend on
 
@@ -69,9 +73,11 @@ class Bench:
         return {
             "schema_version": SCHEMA_VERSION,
             "arguments": asdict(options),
-            "model": known["model"] | {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers},
+            "model": {"name": options.model}
+            | known["model"]
+            | {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers},
             "versions": known["versions"],
-            "git": provenance.git_commit(),
+            "git": self._git,
             "device": known["device"],
             "seed": options.seed,
             "data": {
@@ -96,7 +102,7 @@ class Bench:
                 "target": asdict(target),
                 "rotations": self.options.rotations if sliced else None,
                 "options": {name: value for name, value in asdict(self.options).items() if name not in _NOT_IN_KEY},
-                "task files": provenance.files(self.options.include_path),
+                "task files": provenance.task_files(self.options.include_path),
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),
             }
@@ -112,14 +118,13 @@ class Bench:
         return {
             "schema": SCHEMA_VERSION,
             "model": {
-                "name": options.model,
                 "revision": provenance.model_commit(options),
                 "model_type": self.checked.config.model_type,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "parameters": count_parameters(self.model),
                 "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
             },
-            "model files": provenance.files(options.model),
+            "model files": provenance.model_files(options.model) or options.model,
             "versions": provenance.versions(options),
             "device": provenance.device_name(self.device),
         }
@@ -141,33 +146,34 @@ class Bench:
         """The model sliced to a target's widths."""
         assert target.widths is not None
         assert self.calibration_windows is not None
-        if self.model.device != self.device:
-            gc.collect()  # a model that was spread before refers to itself
         how: dict[str, Any] = {
             "rotations": self.options.rotations,
             "batch_size": self.options.batch_size,
             "device": self.device,
             "progress": self.progress,
         }
-        if target.calibration == "every-point":
-            return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
-        if self._bases is None:
-            self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
-        return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
+        try:
+            if target.calibration == "every-point":
+                return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
+            if self._bases is None:
+                self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
+            return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
+        except torch.OutOfMemoryError as error:
+            remedy = "use --offload, a smaller --batch-size or fewer --calibration-samples"
+            raise InputError(f"out of memory while slicing: {remedy}") from error
 
     def _bases_folder(self) -> Path | None:
-        """A folder for the bases beside the results, as long as this bench lives, where memory is short for them."""
+        """The folder of the results, where memory is short for the bases."""
         config = self.checked.config
         size = 4 * self.options.rotations * config.num_hidden_layers * config.hidden_size**2
-        if 2 * size < psutil.virtual_memory().available:
+        if 2 * size * self.processes < psutil.virtual_memory().available:
             return None
-        self._temporary = tempfile.TemporaryDirectory(dir=self.options.output_dir, prefix=".bases-")
-        return Path(self._temporary.name)
+        return Path(self.options.output_dir)
 
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""
         options = self.options
-        seconds: dict[str, float | None] = dict.fromkeys(("slice", "perplexity", "tasks"))
+        seconds: dict[str, float | None] = dict.fromkeys(PARTS)
         memory: dict[str, int | None] = dict.fromkeys(seconds)
         model = self.model
         if target.widths is not None:
@@ -180,9 +186,12 @@ class Bench:
             if self.checked.tasks is not None:
                 with self._part("tasks", seconds, memory):
                     tasks = self._scores(model)
+        if nll.mean() > math.log(sys.float_info.max):
+            raise InputError(f"the mean negative log likelihood is {nll.mean():.4g}: its perplexity is not a number")
         parameters = count_parameters(model)
         point = {
             "key": key,
+            "git": self._git,
             "kind": target.kind,
             "mean": target.mean,
             "base": target.base,
@@ -196,7 +205,7 @@ class Bench:
             "perplexity": nll.mean().exp().item(),
             "nll": nll.tolist(),
             "tasks": tasks,
-            "mean_accuracy": sum(score["value"] for score in tasks.values()) / len(tasks) if tasks else None,
+            "mean_accuracy": mean_accuracy(tasks),
             "seconds": seconds,
             "peak_memory_bytes": memory,
         }
@@ -237,17 +246,21 @@ class Bench:
 
     # ---- models
 
-    def save(self, model: PreTrainedModel, point: Point, dense: Point | None, folder: Path) -> None:
-        """Save the sliced model of a point with its tokenizer and model card, in one step."""
-        options = self.options
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Save a sliced model with its tokenizer, in one step."""
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+
+    def write_card(self, point: Point, dense: Point | None, folder: Path) -> None:
+        """Write the model card of a saved point."""
+        options = self.options
         calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens"
         once = ", by the dense model's signals" if point["calibration"] == "once" else ""
         write_model_card(
-            partial,
+            folder,
             model_name=options.model,
             revision=self._dependences["model"]["revision"],
             slice_percentage=point["mean"],
@@ -263,4 +276,3 @@ class Bench:
             parameters=(self._dependences["model"]["parameters"], point["parameters"]),
             command=provenance.command_line(),
         )
-        partial.rename(folder)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import provenance
 from .bench import Bench
 from .families import InputError
+from .labels import text_name
 from .loading import resolve_device
 from .options import REDUNDANCY_SPLIT, Checked, Options, Target
 from .ranks import Ranks
@@ -24,7 +25,7 @@ from .search import golden_section, nearest
 from .store import RunFolder, content_key
 
 BASE_TOLERANCE = 0.005  # of --find-base
-_SHARED_FOLDER_DELAY = 60.0  # seconds until a file that one machine wrote must show on another
+_SHARED_FOLDER_DELAY = 90.0  # seconds until a file that one machine wrote must show on another
 # Options that leave the points as they are: runs that differ in these alone have one folder.
 _NOT_IN_NAME = {"output_dir", "fresh", "quiet", "save_model", "compare", "offload", "cuda_device"}
 
@@ -41,14 +42,15 @@ class Experiment:
         self.checked, self.options, self.ranks = checked, checked.options, ranks
         path = Path(self.options.output_dir) / run_name(self.options)
         if ranks.first:
-            RunFolder(path, fresh=self.options.fresh)
+            self.folder = RunFolder(path, fresh=self.options.fresh)
         ranks.wait()
-        self.folder = RunFolder(path)
+        if not ranks.first:
+            self.folder = RunFolder(path)
         device = resolve_device(ranks.own_device(self.options.cuda_device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self.progress = ranks.first and not self.options.quiet
-        self.bench = Bench(checked, device, progress=self.progress)
+        self.bench = Bench(checked, device, progress=self.progress, processes=ranks.count)
         self.results: Results = self.bench.header()
         self._points: dict[str, Point] = {}  # finished ones, by key
         self._reported = 0
@@ -62,7 +64,10 @@ class Experiment:
         targets = self.checked.targets(vector)
         if vector is not None and self.options.find_base:
             dense, constant = targets[:2]
-            targets = [dense, replace(constant, calibration="every-point"), self._best_base(vector)]
+            targets = [dense, replace(constant, calibration="every-point")]
+            best = self._best_base(vector)
+            if best.widths != constant.widths:
+                targets.append(best)
         self._measure(targets, on_point)
         if vector is not None and self.options.compare == "equal-parameters":
             equal = self.ranks.from_first(self._equal_size(vector) if self.ranks.first else None)
@@ -78,35 +83,41 @@ class Experiment:
         pairs = [(target, self.bench.point_key(target)) for target in targets]
         keys = [key for _, key in pairs]
         # rank 0 says what is missing: the others might already see points of this very run
-        missing = self.ranks.from_first([pair for pair in pairs if self.folder.read("point", pair[1]) is None])
+        missing = [pair for pair in pairs if self.folder.read("point", pair[1]) is None] if self.ranks.first else []
+        missing = self.ranks.from_first(missing)
         mine = self.ranks.share(missing)
         with tqdm(total=len(mine), desc="points", unit="point", disable=not (self.progress and mine)) as bar:
             self._report(keys, on_point)
             for target, key in mine:
-                self._point(target, key, keys[0])
+                self._point(target, key)
                 bar.update()
                 self._report(keys, on_point)
-            self.ranks.wait(lambda: self._report(keys, on_point))
-        latest = time.monotonic() + _SHARED_FOLDER_DELAY
-        while self.ranks.first and self._reported < len(keys):
-            self._report(keys, on_point)
-            if time.monotonic() > latest:
-                raise InputError(f"{self.folder.folder} lacks points of other ranks: all need the same --output-dir")
-            time.sleep(0.1)
+            self.ranks.wait(meanwhile=lambda: self._report(keys, on_point))
+        if self.ranks.first:
+            self._wait_for_files(lambda: self._report(keys, on_point))
 
-    def _point(self, target: Target, key: str, dense_key: str) -> None:
+    def _point(self, target: Target, key: str) -> None:
         """Measure and keep a point; save its model before, where all are wanted: a finished point has its model."""
         point, model = self.bench.point(target, key)
         if target.widths is not None and self.options.save_model == "all":
             place = self.folder.model(point["base"], key)
             if not place.exists():
-                self.bench.save(model, point, self.folder.read("point", dense_key), place)
+                self.bench.save(model, place)
         self.folder.write("point", key, point)
 
-    def _report(self, keys: Sequence[str], on_point: OnPoint) -> None:
-        """Rank 0: write results.json with all finished points, and hand on those that no missing one comes before."""
+    def _wait_for_files(self, are_there: Callable[[], bool]) -> None:
+        """Until what other ranks wrote shows on this machine."""
+        latest = time.monotonic() + _SHARED_FOLDER_DELAY
+        while not are_there():
+            if time.monotonic() > latest:
+                raise InputError(f"{self.folder.folder} lacks files of other ranks: all need the same --output-dir")
+            time.sleep(0.1)
+
+    def _report(self, keys: Sequence[str], on_point: OnPoint) -> bool:
+        """Rank 0: write results.json with all finished points, and hand on those that no missing one comes before.
+        Whether all are handed on."""
         if not self.ranks.first:
-            return
+            return False
         for key in keys:
             point = None if key in self._points else self.folder.read("point", key)
             if point is not None:
@@ -120,6 +131,7 @@ class Experiment:
             self._reported += 1
             with tqdm.external_write_mode():
                 on_point(point, self.results)
+        return self._reported == len(keys)
 
     # ---- what they are
 
@@ -196,25 +208,33 @@ class Experiment:
     # ---- models
 
     def _save_models(self) -> None:
-        """Slice and save what --save-model wants and no point of this run has saved, shared out over the ranks."""
-        sliced = [point for point in self.results["points"] if point["widths"] is not None]
+        """Slice and save what --save-model wants and no point of this run has saved, shared out over the ranks; then
+        write the cards, which need the dense model's point."""
+        wanted = [point for point in self.results["points"] if point["widths"] is not None]
         if self.options.save_model == "none":
-            sliced = []
+            wanted = []
         elif self.options.save_model == "best":
-            at_mean = [point for point in sliced if point["kind"] != "equal-parameters"]
-            sliced = sorted(at_mean, key=lambda point: point["perplexity"])[:1]
-        missing = [point for point in sliced if not self.folder.model(point["base"], point["key"]).exists()]
+            at_mean = [point for point in wanted if point["kind"] != "equal-parameters"]
+            wanted = sorted(at_mean, key=lambda point: point["perplexity"])[:1]
+        places = [self.folder.model(point["base"], point["key"]) for point in wanted]
+        missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not place.exists()]
         names = ("kind", "mean", "base", "slices", "widths", "calibration")
-        dense = self.ranks.from_first(dense_point(self.results))
-        for point in self.ranks.share(self.ranks.from_first(missing)):
-            model = self.bench.sliced(Target(**{name: point[name] for name in names}))
-            self.bench.save(model, point, dense, self.folder.model(point["base"], point["key"]))
+        for point, place in self.ranks.share(self.ranks.from_first(missing)):
+            self.bench.save(self.bench.sliced(Target(**{name: point[name] for name in names})), place)
+        self.ranks.wait()
+        if self.ranks.first:
+            self._wait_for_files(lambda: all(place.exists() for place in places))
+            for point, place in zip(wanted, places, strict=True):
+                if not (place / "README.md").exists():
+                    self.bench.write_card(point, dense_point(self.results), place)
 
 
 def run_name(options: Options) -> str:
     """Name of the run's folder: what a person looks for, and a hash of all settings that make its points."""
     numbers = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_NAME}
-    data = Path(options.dataset)
-    words = (options.model.rstrip("/").split("/")[-1], data.parent.name if "{split}" in data.name else data.stem)
-    model, text = ("".join(c if c.isalnum() or c in "-._" else "_" for c in word) for word in words)
+    name = Path(options.model).name
+    name = Path(options.model).resolve().name if name in ("", "..") else name
+    model, text = (
+        "".join(c if c.isalnum() or c in "-._" else "_" for c in word) for word in (name, text_name(options.dataset))
+    )
     return f"{model}-{text}-mean{options.mean:g}-{content_key(numbers)[:8]}"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .loading import DEMO
+from .loading import DEMO, local_path
 
 _TEMPLATE = """\
 ---
@@ -24,7 +24,7 @@ Widths, layer by layer: {widths}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
 ```
 
@@ -103,8 +103,8 @@ def write_model_card(
 def _front_matter(model_name: str) -> str:
     """YAML for the hub, which takes names of its models only: of a local path, the last part."""
     base = _DEMO_ON_THE_HUB if model_name == DEMO else model_name
-    if Path(base).expanduser().exists():
-        base = Path(base).expanduser().resolve().name
+    if local_path(base).exists():
+        base = local_path(base).resolve().name
     lines = [f"base_model: {json.dumps(base)}", "library_name: transformers", "pipeline_tag: text-generation"]
     return "".join(f"{line}\n" for line in [*lines, "tags:", "- sliced", "- slicegpt"])
 

@@ -4,12 +4,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .loading import DEMO, local_path
 from .options import Options
 
 
@@ -35,8 +37,9 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this repository, None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "HEAD"]
+    """The commit of this repository, with "-dirty" where its files differ from it; None outside a checkout."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -47,21 +50,27 @@ def model_commit(options: Options) -> str | None:
     """The commit of a hub model, as the cache names it; None for files of one's own."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(options.model).expanduser().exists() or options.model == "demo":
+    if options.model == DEMO or local_path(options.model).exists():
         return None
     path = try_to_load_from_cache(options.model, "config.json", revision=options.revision or "main")
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def files(place: str | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a file or of all files in a folder: another model, or task, in the same place is
-    another one. Nothing for a name that is no place, a hub model's."""
-    if place is None:
-        return []
-    path = Path(place).expanduser()
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    kept = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
+def model_files(name: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a local model, its folder's own ones: they tell it from others, whatever
+    its path. Nothing for the demo and hub models."""
+    path = local_path(name)
+    return [] if name == DEMO else _stamps(path, path.iterdir() if path.is_dir() else [path])
+
+
+def task_files(folder: str | None) -> list[tuple[str, int, int]]:
+    """The same of all files in a folder of tasks and the folders in it."""
+    return [] if folder is None else _stamps(Path(folder), Path(folder).rglob("*"))
+
+
+def _stamps(root: Path, found: Iterable[Path]) -> list[tuple[str, int, int]]:
+    kept = [file for file in sorted(found) if file.is_file() and "__pycache__" not in file.parts]
+    return [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
 
 
 def command_line() -> str:

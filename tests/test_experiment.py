@@ -23,9 +23,10 @@ import mean_cut_accuracy_experiments as script
 import slicing.bench
 from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.bench import Bench
+from slicing.experiment import run_name
 from slicing.options import Options, check
 from slicing.report import equal_size_summary
-from slicing.results import Results
+from slicing.results import Results, mean_accuracy, mean_accuracy_error
 from slicing.rotation import sliced_parameters
 
 
@@ -88,6 +89,20 @@ def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypa
     found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
     assert comparable(found[0]) == comparable(found[1])
     assert found[0]["redundancy"]["cosine"] is not None
+
+
+def test_a_perplexity_that_is_no_number_is_an_error_and_not_a_point(runs, monkeypatch, capsys):
+    monkeypatch.setattr(slicing.bench, "window_nll", lambda *args, **how: torch.full((3,), 800.0, dtype=torch.float64))
+    assert script.main(runs.arguments("overflow", "--quiet", mean=0)) == 2
+    assert "the mean negative log likelihood is 800: its perplexity is not a number" in capsys.readouterr().err
+
+
+def test_only_accuracies_are_averaged():
+    accuracy = {"metric": "acc_norm", "value": 0.5, "stderr": 0.1}
+    perplexity_score = {"metric": "word_perplexity", "value": 50.0, "stderr": None}
+    assert mean_accuracy({"a": accuracy, "b": accuracy | {"value": 0.7}, "c": perplexity_score}) == 0.6
+    assert mean_accuracy({"c": perplexity_score}) is None
+    assert mean_accuracy_error({"tasks": {"a": accuracy, "c": perplexity_score}}) == 0.1
 
 
 def test_tasks_are_scored_at_every_point(runs, capsys):
@@ -162,6 +177,7 @@ CHANGES = {
     "seed": 43,
 }
 OF_SLICED_POINTS_ALONE = {"vector_cut", "round_interval", "rotations", "calibration"}
+OF_SLICED_POINTS_ALONE |= {"calibration_samples", "calibration_length"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -184,6 +200,41 @@ def test_another_mean_has_the_dense_model_in_common(known):
 def test_a_setting_that_changes_no_number_reuses_all_points(known, change):
     options, old = known
     assert keys(replace(options, **change)) == old
+
+
+def test_a_run_at_another_mean_takes_over_the_dense_model_and_fresh_does_not(runs, measured):
+    runs.run("means", step=0.3)
+    measured.clear()
+    assert script.main(runs.arguments("means", mean=0.2, step=0.2)) == 0
+    assert measured == ["sweep", "sweep"]
+    measured.clear()
+    assert script.main(runs.arguments("means", "--fresh", mean=0.2, step=0.2)) == 0
+    assert measured == ["dense", "sweep", "sweep"]
+
+
+def test_a_model_is_known_by_its_files_whatever_its_path(runs, monkeypatch):
+    old = keys(script.parse(runs.arguments("paths")))
+    monkeypatch.chdir(runs.model)
+    for name in (f"{runs.model}/", "../model", "."):
+        assert keys(script.parse(runs.arguments("paths", "--model", name))) == old
+    (runs.model / "results").mkdir()
+    (runs.model / "results" / "results.json").write_text("{}")
+    assert keys(script.parse(runs.arguments("paths"))) == old
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "start"),
+    [
+        ("a/b-1", "wikitext2", "b-1-wikitext2-mean0.3-"),
+        ("a/b/", "texts/wiki.{split}.txt", "b-wiki-mean0.3-"),
+        ("a", "novels/{split}.txt", "a-novels-mean0.3-"),
+        ("a", "x.txt.gz", "a-x-mean0.3-"),
+    ],
+)
+def test_a_run_is_named_after_model_text_and_mean(model, dataset, start):
+    name = run_name(Options(model, 0.3, dataset=dataset))
+    assert name.startswith(start)
+    assert len(name) == len(start) + 8
 
 
 @pytest.mark.parametrize("changed", ["train", "test", "model", "task"])
