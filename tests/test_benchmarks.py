@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import TASKS, Runs, write_model
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SHAPE = {
@@ -122,3 +123,49 @@ def test_offload_memory_keeps_to_its_limit_and_gives_the_same_weights(run: Any) 
     assert list(rows)[-2:] == ["on the GPU", "on the CPU"]
     assert figures["on the CPU"]["peak_bytes"] <= figures["limit_bytes"]
     assert figures["same_weights"]
+
+
+def test_ranks_speed_compares_runs_of_several_ranks_with_one(run: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny")
+    small = ["--samples", "1", "--length", "32", "--perplexity-samples", "2", "--step", "0.3"]
+    where = ["--tokenizer", str(tmp_path / "tiny"), "--folder", str(tmp_path / "kept")]
+    run("ranks_speed", *TINY[:-4], *small, *where, "--ranks", "2")
+    rows, figures = run("ranks_speed", *TINY[:-4], *small, *where, "--ranks", "1")
+    assert [rows[count][0] for count in ("1", "2")] == ["3", "3"]
+    assert figures["1"]["ratio"] == 1
+    assert figures["2"]["ratio"] == figures["2"]["seconds"] / figures["1"]["seconds"]
+    assert figures["2"]["difference"] == 0
+
+
+def test_quality_study_compares_methods_at_equal_true_parameters(
+    shapes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = importlib.import_module("quality_study")
+    here = Runs(tmp_path)
+    file, figure = tmp_path / "study.json", tmp_path / "study.png"
+    small = ["--model", str(here.model), "--dataset", here.text, "--device", "cpu", "--samples", "4", "--length", "16"]
+    tasks = ["--tasks", "tiny_endings", "--include-path", str(TASKS), "--limit", "3", "--task-means", "0.5"]
+    more = ["--variations", "--other-text", here.text, "--json", str(file), "--plot", str(figure)]
+    monkeypatch.setattr(study, "REDUNDANCY_LENGTH", 16)
+    monkeypatch.setattr(study, "MULTIPLES", (1, 4))
+    study.main([*small, *tasks, *more, "--means", "0.2", "0.5"])
+    rows = json.loads(file.read_text())
+    curves = [row for row in rows if row["method"] in study.METHODS]
+    assert len(curves) == len(study.METHODS) * len(study.CALIBRATIONS) * 2
+    assert rows[0]["method"] == "dense"
+    assert {row["name"] for row in rows if row["tasks"]} == {
+        "dense", *(f"{method}, every-point, mean 0.5" for method in study.METHODS)
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    study.main(["--from-json", str(file)])
+    assert capsys.readouterr().out == printed
+    assert "| variation (mean 0.3, one rotation) |" in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_study_interpolates_log_perplexity_between_true_cuts(shapes: Any) -> None:
+    study = importlib.import_module("quality_study")
+    curve = [{"cut": cut, "perplexity": perplexity} for cut, perplexity in ((0.3, 80.0), (0.1, 20.0))]
+    assert study.interpolated(curve, 0.2) == pytest.approx(40)
+    assert study.interpolated(curve, 0.3) == pytest.approx(80)
+    assert study.interpolated(curve, 0.31) is None

@@ -33,6 +33,8 @@ METHODS = {  # name -> (slice base as a part of the mean, rotations)
 }
 CALIBRATIONS = ("every-point", "once")
 CUTS = (0.15, 0.20)  # true cuts at which methods are compared
+REDUNDANCY_LENGTH = 1024  # tokens of a window that LR is measured on
+MULTIPLES = (1, 32, 64)  # of widths, in place of 8
 
 
 class Study:
@@ -44,7 +46,9 @@ class Study:
         self.device = next(self.model.parameters()).device
         self.calibration = self.text("train", options.length, count=options.samples)
         self.test = self.text("test", options.length)[: options.test_windows]
-        self.redundancy = self.measure_redundancy(self.text("validation", 1024, count=options.samples, stride=1024))
+        self.redundancy = self.measure_redundancy(
+            self.text("validation", REDUNDANCY_LENGTH, count=options.samples, stride=REDUNDANCY_LENGTH)
+        )
         self.parameters = slicing.count_parameters(self.model)
         self.bases: dict[int, Bases] = {}
         self.tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
@@ -105,15 +109,15 @@ class Study:
             model = self.sliced(widths or self.widths(mean, 0.0), 1, "every-point", windows)
             return self.row(name, model, method="variation", calibration="every-point", mean=mean)
 
-        yield measure("as above")
+        yield measure("none: dynamic, one rotation, calibrated at every point")
         own = bases.MIDDLE_WEIGHT
         for weight in (0.3, 1.0, 10.0):
             bases.MIDDLE_WEIGHT = weight
             yield measure(f"weight of the middle's covariance {weight:g}")
         bases.MIDDLE_WEIGHT = own
-        for multiple in (1, 32, 64):
+        for multiple in MULTIPLES:
             yield measure(f"widths in multiples of {multiple}", self.widths(mean, 0.0, multiple=multiple))
-        on_calibration = self.measure_redundancy(self.calibration[:, :1024])
+        on_calibration = self.measure_redundancy(self.calibration[:, :REDUNDANCY_LENGTH])
         yield measure("LR on the calibration windows", self.widths(mean, 0.0, on_calibration))
         for base in (0.05, 0.1, 0.15):
             yield measure(f"SB {base:g}", self.widths(mean, base))
@@ -125,7 +129,9 @@ class Study:
             half = options.samples // 2
             mixed = torch.cat([self.calibration[:half], other[: options.samples - half]])
             yield measure("calibrated on half of each text", windows=mixed)
-            yield measure("LR on the other text", self.widths(mean, 0.0, self.measure_redundancy(other[:, :1024])))
+            yield measure(
+                "LR on the other text", self.widths(mean, 0.0, self.measure_redundancy(other[:, :REDUNDANCY_LENGTH]))
+            )
 
 
 def interpolated(rows: Sequence[dict[str, Any]], cut: float) -> float | None:
@@ -164,21 +170,26 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         names = list(scored[0]["tasks"])
         lines += ["", "| model | true cut | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
         for row in scored:
-            cells = [f"{row['tasks'][name]['value']:.3f} ± {row['tasks'][name]['stderr']:.3f}" for name in names]
+            cells = [_score(row["tasks"][name]) for name in names]
             lines.append(f"| {row['name']} | {row['cut']:.1%} | " + " | ".join(cells) + " |")
     variations = [row for row in rows if row["method"] == "variation"]
     if variations:
-        reference = next(row for row in curves["dynamic, one rotation", "every-point"] if row["mean"] == 0.3)
+        reference = variations[0]
         lines += [
             "",
             "| variation (mean 0.3, one rotation) | true cut | perplexity | paired SE(ln) |",
             "|---|---|---|---|",
         ]
-        for row in [reference, *variations]:
+        for row in variations:
             error = paired_standard_error(row["nll"], reference["nll"]) if row is not reference else None
             paired = "" if error is None else f"{error:.4f}"
             lines.append(f"| {row['name']} | {row['cut']:.1%} | {row['perplexity']:.2f} | {paired} |")
     return lines
+
+
+def _score(score: dict[str, Any]) -> str:
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:

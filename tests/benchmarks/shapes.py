@@ -142,11 +142,12 @@ def parse(kind: type[Parsed], text: str | None, argv: Sequence[str] | None) -> P
         parser.error(str(error))
 
 
-def random_model(options: ModelOptions) -> PreTrainedModel:
-    """A dense model of the shape, its weights drawn on the device: no copy of them is ever elsewhere."""
+def random_model(options: ModelOptions, **changes: Any) -> PreTrainedModel:
+    """A dense model of the shape, its weights drawn on the device: no copy of them is ever elsewhere. changes: of the
+    config."""
     model_type, settings = SHAPES[options.shape]
     layers = options.layers or settings["num_hidden_layers"]
-    config = AutoConfig.for_model(model_type, **(settings | {"num_hidden_layers": layers}))
+    config = AutoConfig.for_model(model_type, **(settings | {"num_hidden_layers": layers} | changes))
     torch.manual_seed(options.seed)
     with options.torch_device, _default_dtype(options.torch_dtype):
         model = AutoModelForCausalLM.from_config(config, dtype=options.torch_dtype)

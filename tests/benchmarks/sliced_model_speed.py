@@ -23,8 +23,8 @@ from timing import Table, machine, plain_forward, print_heading, timed
 from transformers import PreTrainedModel, StaticCache
 
 from slicing.families import InputError
+from slicing.files import write_json
 from slicing.modeling import count_parameters
-from slicing.store import write_json
 
 VECTORS = ("constant", "published")
 WARM_UP_STEPS = 3

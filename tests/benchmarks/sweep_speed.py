@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from slicing.bases import dense_bases
 from slicing.evaluation import window_nll
+from slicing.files import write_json
 from slicing.modeling import count_parameters
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.schedule import sweep_amounts
-from slicing.store import write_json
 
 
 @dataclass(frozen=True)
