@@ -59,7 +59,8 @@ def parse(argv: Sequence[str] | None) -> Options:
         help="sliced models to keep in the run's folder (default: none)",
     )
     add("--output-dir", default="results", metavar="FOLDER", help="where the run's folder goes (default: results)")
-    add("--fresh", action="store_true", help="start over: forget the run's finished points")
+    add("--fresh", action="store_true", help="start over: forget the run's finished points and models, and"
+        " take none over from other runs")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     given = vars(parser.parse_args(argv))
     text = "demo" if given["model"] == "demo" else "wikitext2"

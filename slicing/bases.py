@@ -105,7 +105,7 @@ def find_bases(
             if narrow(index):
                 basis = middle = find(incoming.matrix(), index)
             yield basis, middle
-            rest = parallel_step(layer, block, projection(basis))
+            rest = parallel_step
         elif rotations == 1:
             if narrow(index):
                 # the unsliced attention gives the middle; in a dense pass that is the step itself
@@ -114,7 +114,7 @@ def find_bases(
             yield basis, middle
             if index < last and not dense:
                 stream.run(index, attention_step(layer, block, projection(basis)), measure=False)
-            rest = mlp_step(layer, block, projection(middle))
+            rest = mlp_step
         else:
             if narrow(index):
                 basis = find(incoming.matrix(), index)
@@ -123,7 +123,7 @@ def find_bases(
             if narrow(index):
                 middle = find(between.matrix(), index)
             yield basis, middle
-            rest = mlp_step(layer, block, projection(middle))
+            rest = mlp_step
         if index < last:  # the last layer writes in the model's own basis: its output is not needed
-            incoming = stream.run(index, rest, measure=narrow(index + 1))
-        del layer, rest  # copies on the device, where the model is elsewhere: one at a time
+            incoming = stream.run(index, rest(layer, block, projection(middle)), measure=narrow(index + 1))
+        del layer  # a copy on the device, where the model is elsewhere: one at a time

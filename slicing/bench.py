@@ -1,6 +1,5 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
-import math
 import resource
 import shutil
 import sys
@@ -27,7 +26,7 @@ from .placement import must_offload, on_devices
 from .redundancy import layer_redundancy
 from .results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
 from .rotation import rotate_and_slice, slice_with_bases
-from .store import content_key, windows_key
+from .store import content_key, weights_key, windows_key
 from .tasks import evaluate_tasks
 
 # Options that a point's numbers don't depend on, or that stand in its key by what they come to.
@@ -35,6 +34,8 @@ _NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_ba
 _NOT_IN_KEY |= {"vector_cut", "source_for_vector", "mean", "step", "rotations", "round_interval", "calibration"}
 _NOT_IN_KEY |= {"calibration_samples", "calibration_length", "perplexity_length", "perplexity_samples"}
 _NOT_IN_KEY |= {"model", "dataset", "text_column", "perplexity_split"}
+
+_WORST_NLL = 200  # nats a token; a perplexity of 10^87 is no result, and soon no number
 
 
 class Bench:
@@ -124,7 +125,9 @@ class Bench:
                 "parameters": count_parameters(self.model),
                 "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
             },
+            # a local model is known by its content, whatever its path
             "model files": provenance.model_files(options.model) or options.model,
+            "weights": weights_key(self.model),
             "versions": provenance.versions(options),
             "device": provenance.device_name(self.device),
         }
@@ -159,7 +162,8 @@ class Bench:
                 self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
             return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
         except torch.OutOfMemoryError as error:
-            remedy = "use --offload, a smaller --batch-size or fewer --calibration-samples"
+            offload = "--offload, " if self.model.device == self.device else ""
+            remedy = f"use {offload}a smaller --batch-size or fewer --calibration-samples"
             raise InputError(f"out of memory while slicing: {remedy}") from error
 
     def _bases_folder(self) -> Path | None:
@@ -186,8 +190,11 @@ class Bench:
             if self.checked.tasks is not None:
                 with self._part("tasks", seconds, memory):
                     tasks = self._scores(model)
-        if nll.mean() > math.log(sys.float_info.max):
-            raise InputError(f"the mean negative log likelihood is {nll.mean():.4g}: its perplexity is not a number")
+        if nll.mean() > _WORST_NLL:
+            raise InputError(
+                f"the mean negative log likelihood is {nll.mean():.4g} nats, more than {_WORST_NLL}: this is no"
+                " language model; check its weights and --dtype"
+            )
         parameters = count_parameters(model)
         point = {
             "key": key,

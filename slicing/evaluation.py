@@ -57,7 +57,7 @@ def window_nll(
             name="perplexity",
             progress=progress,
         )
-        nll = torch.cat(batches).cpu().double().mean(dim=1)  # (N, S - 1) -> (N,)
+    nll = torch.cat(batches).cpu().double().mean(dim=1)  # (N, S - 1) -> (N,)
     bad = (~nll.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise InputError(

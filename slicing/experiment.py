@@ -83,7 +83,9 @@ class Experiment:
         pairs = [(target, self.bench.point_key(target)) for target in targets]
         keys = [key for _, key in pairs]
         # rank 0 says what is missing: the others might already see points of this very run
-        missing = [pair for pair in pairs if self.folder.read("point", pair[1]) is None] if self.ranks.first else []
+        missing = (
+            [pair for pair in pairs if self.folder.take_over("point", pair[1]) is None] if self.ranks.first else []
+        )
         missing = self.ranks.from_first(missing)
         mine = self.ranks.share(missing)
         with tqdm(total=len(mine), desc="points", unit="point", disable=not (self.progress and mine)) as bar:
@@ -152,7 +154,7 @@ class Experiment:
         windows = self.checked.redundancy_windows
         assert windows is not None
         key = self.bench.redundancy_key(windows)
-        found: dict[str, Any] | None = self.folder.read("redundancy", key)
+        found: dict[str, Any] | None = self.folder.take_over("redundancy", key)
         if found is None:
             data = provenance.text_entry(self.options.source_for_vector, REDUNDANCY_SPLIT, windows)
             found = self.bench.redundancy(windows) | {"data": data}
@@ -171,8 +173,9 @@ class Experiment:
         mean = self.options.mean
         windows = self.checked.validation_windows
         assert windows is not None
-        key = self.bench.point_key(self.checked.target(mean, 0.0, vector, kind="search"), windows)
-        trials: list[dict[str, float]] = self.folder.read("search", key) or []
+        first = self.bench.point_key(self.checked.target(mean, 0.0, vector, kind="search"), windows)
+        key = content_key({"first": first, "vector": vector, "round_interval": self.options.round_interval})
+        trials: list[dict[str, float]] = self.folder.take_over("search", key) or []
 
         def trial(base: float) -> float:
             for kept in trials:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .files import replacing
 from .loading import DEMO, local_path
 
 _TEMPLATE = """\
@@ -96,7 +97,8 @@ def write_model_card(
         command=command,
     )
     path = Path(folder) / "README.md"
-    path.write_text(card, encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(card, encoding="utf-8")
     return path
 
 

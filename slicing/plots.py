@@ -235,7 +235,7 @@ def _draw_redundancy(axes: "Axes", redundancy: dict[str, Any]) -> None:
 def redundancy_figure(results: Results) -> "Figure":
     """LR by layer above, widths of constant slicing and of the best dynamic point below.
 
-    Error bars of LR are one standard error over the windows, where LR was measured in this run. InputError where the
+    Error bars of LR are one standard error over the windows, where they are known. InputError where the
     results have no LR.
     """
     from matplotlib.figure import Figure

@@ -57,8 +57,8 @@ def model_commit(options: Options) -> str | None:
 
 
 def model_files(name: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files of a local model, its folder's own ones: they tell it from others, whatever
-    its path. Nothing for the demo and hub models."""
+    """Names, sizes and times of the files of a local model, its folder's own ones. Nothing for the demo and hub
+    models."""
     path = local_path(name)
     return [] if name == DEMO else _stamps(path, path.iterdir() if path.is_dir() else [path])
 

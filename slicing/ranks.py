@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from .families import InputError
 
 T = TypeVar("T")
+_MEET = timedelta(minutes=10)  # for all ranks to start
 _WAIT = timedelta(days=2)  # for the slowest rank's points
 _LOOK = 0.5  # seconds from one look at the others' points to the next
 
@@ -26,6 +27,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     local: int = 0
+    group: Any = None  # PyTorch's process group, where there are several
 
     @property
     def first(self) -> bool:
@@ -52,7 +54,7 @@ class Ranks:
 
         values: list[Any] = [value]
         with _lost_rank():
-            dist.broadcast_object_list(values, src=0)
+            dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]  # type: ignore[no-any-return]
 
     def wait(self, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -62,7 +64,7 @@ class Ranks:
         import torch.distributed as dist
 
         with _lost_rank():
-            arrived = dist.barrier(async_op=True)
+            arrived = dist.barrier(group=self.group, async_op=True)
         while not arrived.is_completed():  # true, too, where a rank is lost: then wait() raises
             meanwhile()
             time.sleep(_LOOK)
@@ -89,7 +91,7 @@ def join_ranks() -> Ranks:
     """Join the processes that a launcher started with this one; a process of its own is rank 0 of 1.
 
     The process group is gloo's on any device: ranks exchange a few numbers, never tensors of the model. InputError for
-    variables of a launcher that make no sense.
+    variables of a launcher that make no sense, and where other ranks don't come.
     """
     environment = os.environ
     try:
@@ -100,11 +102,12 @@ def join_ranks() -> Ranks:
             return Ranks()
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=_WAIT)
-    except (ValueError, KeyError, IndexError) as error:
-        wrong = " ".join(str(error).split())
-        raise InputError(f"the launcher's variables can't be used ({wrong}): start with torchrun or srun") from error
-    return Ranks(dist.get_rank(), count, local)
+        dist.init_process_group("gloo", timeout=_MEET)
+        group = dist.new_group(backend="gloo", timeout=_WAIT)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:  # RuntimeError: the other ranks don't come
+        wrong = " ".join(str(error).split())[:300]
+        raise InputError(f"the ranks of the launcher can't meet ({wrong}): start with torchrun or srun") from error
+    return Ranks(dist.get_rank(), count, local, group)
 
 
 def _slurm_step(environment: Any) -> dict[str, str]:

@@ -94,7 +94,7 @@ def layer_redundancy(
 
 @contextmanager
 def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """While this lasts, a list of the last batch's cosines: for each layer the mean over the tokens, (B,) fp32."""
+    """While this lasts, a list of the last batch's cosines: a layer's mean over the tokens, (B,), fp32 or fp64."""
     cosines = [torch.empty(0)] * len(layers)
 
     def hook(index: int) -> Callable[..., None]:

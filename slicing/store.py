@@ -5,6 +5,7 @@ stopped, a run takes over what another one beside it has measured (the dense mod
 setting never meets an old number.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -39,14 +40,20 @@ class RunFolder:
     def read(self, kind: str, key: str) -> Any:
         """What was written of this kind (point, redundancy or search) with this key, None where nothing was."""
         path = self._path(kind, key)
-        if path.exists():
-            return _content(path, kind, key)
-        beside = None if self.fresh else next(self.folder.parent.glob(f"*/{path.relative_to(self.folder)}"), None)
-        if beside is None:
-            return None
-        content = _content(beside, kind, key)
-        write_json(path, content)
-        return content
+        return _content(path, kind, key) if path.exists() else None
+
+    def take_over(self, kind: str, key: str) -> Any:
+        """The same, also from the runs beside this one: the newest file that is good is copied here."""
+        path = self._path(kind, key)
+        if path.exists() or self.fresh:
+            return self.read(kind, key)
+        beside = self.folder.parent.glob(f"*/{path.relative_to(self.folder)}")
+        for file in sorted(beside, key=lambda file: file.stat().st_mtime, reverse=True):
+            with contextlib.suppress(InputError):
+                content = _content(file, kind, key)
+                write_json(path, content)
+                return content
+        return None
 
     def write(self, kind: str, key: str, content: Any) -> None:
         """Keep something under its key."""
@@ -87,6 +94,15 @@ def content_key(content: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for a JSON object."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_key(model: torch.nn.Module) -> str:
+    """The same for a model's weights: names, shapes and up to 64 values of each parameter, spread over it."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.cpu().double().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def windows_key(windows: torch.Tensor) -> str:

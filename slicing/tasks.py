@@ -125,12 +125,18 @@ def resolve_tasks(tasks: Sequence[str], include_path: str | Path | None = None) 
 
 
 def check_fewshot(tasks: TaskSet, num_fewshot: int | None) -> None:
-    """Raise InputError for a task with fewer documents than the examples in its prompt. Reads all documents."""
+    """Raise InputError for a task with too few documents for the examples in its prompt. Reads all documents."""
     for name, task in tasks.loaded.tasks.items():
         wanted = _fewshot(tasks.loaded.num_fewshot[name], num_fewshot)
-        there = getattr(getattr(task, "sampler", None), "df", None)
-        if there is not None and wanted > len(there):
-            raise InputError(f"task {name} has {len(there)} examples for its prompt: --num-fewshot is {wanted}")
+        sampler, settings = getattr(task, "sampler", None), getattr(task, "fewshot_cfg", None)
+        if wanted == 0 or sampler is None or settings is None:
+            continue
+        # lm-eval draws one more where the document in question may be among them, and takes splits of None for equal
+        there = len(sampler.df) - (settings.split == task.config.test_split)
+        if wanted > there:
+            raise InputError(
+                f"task {name} has {there} examples for its prompt, not {wanted}: use a lower --num-fewshot"
+            )
 
 
 def _fewshot(own: int | None, given: int | None) -> int:

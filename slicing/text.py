@@ -163,7 +163,7 @@ def token_windows(
 
 def _is_hub(source: str, split: str) -> bool:
     """Whether the source is a data set of the hub (else "demo" or a file), its name and split checked."""
-    if source != DEMO and is_file(source):
+    if is_file(source):
         return False
     if source != DEMO and source not in HUB:
         known = [DEMO, *HUB]
@@ -180,7 +180,9 @@ def _is_hub(source: str, split: str) -> bool:
 
 def is_file(source: str) -> bool:
     """Whether a source is meant as a file, not as the name of a data set."""
-    return "/" in source or file_kind(source) is not None or (source not in HUB and local_path(source).exists())
+    if source == DEMO or source in HUB:
+        return False
+    return "/" in source or file_kind(source) is not None or local_path(source).exists()
 
 
 def _path(source: str, split: str) -> Path:

@@ -94,7 +94,10 @@ def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypa
 def test_a_perplexity_that_is_no_number_is_an_error_and_not_a_point(runs, monkeypatch, capsys):
     monkeypatch.setattr(slicing.bench, "window_nll", lambda *args, **how: torch.full((3,), 800.0, dtype=torch.float64))
     assert script.main(runs.arguments("overflow", "--quiet", mean=0)) == 2
-    assert "the mean negative log likelihood is 800: its perplexity is not a number" in capsys.readouterr().err
+    assert (
+        "the mean negative log likelihood is 800 nats, more than 200: this is no language model"
+        in capsys.readouterr().err
+    )
 
 
 def test_only_accuracies_are_averaged():
@@ -220,6 +223,18 @@ def test_a_model_is_known_by_its_files_whatever_its_path(runs, monkeypatch):
     (runs.model / "results").mkdir()
     (runs.model / "results" / "results.json").write_text("{}")
     assert keys(script.parse(runs.arguments("paths"))) == old
+
+
+def test_models_whose_files_look_alike_are_told_apart_by_their_weights(tmp_path):
+    found = []
+    for seed in (0, 1):
+        here = Runs(tmp_path / str(seed))
+        write_text(tmp_path / str(seed) / "text", train=600, validation=300, test=320)
+        write_model(here.model, seed=seed)
+        for file in here.model.iterdir():
+            os.utime(file, (10**9, 10**9))
+        found.append(keys(script.parse(here.arguments("keys"))))
+    assert not found[0] & found[1]
 
 
 @pytest.mark.parametrize(
@@ -469,6 +484,18 @@ def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calib
     measured.clear()
     assert comparable(runs.run("search", *more)[1]) == comparable(results)
     assert (tried, measured) == ([], [])
+
+
+def test_a_search_with_other_widths_is_not_taken_over(runs, monkeypatch):
+    tried: list[float] = []
+    monkeypatch.setattr(
+        Bench, "perplexity", lambda bench, target, windows: tried.append(target.base) or 9 + target.base
+    )
+    more = ("--find-base", "--vector-cut", "0", "0.5", "1", "--round-interval")
+    for interval in ("4", "1"):  # the same widths at SB = 0
+        tried.clear()
+        assert script.main(runs.arguments("searches", *more, interval, mean=0.25)) == 0
+        assert len(tried) > 2
 
 
 def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):

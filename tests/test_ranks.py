@@ -76,5 +76,5 @@ def test_variables_that_make_no_sense_are_an_error(variables, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"the launcher's variables can't be used .*: start with torchrun or srun"):
+    with pytest.raises(InputError, match=r"the ranks of the launcher can't meet .*: start with torchrun or srun"):
         join_ranks()

@@ -24,6 +24,8 @@ import calculate_LR
 import mean_cut_accuracy_experiments as sweep
 from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.options import Options, check
+from slicing.tasks import evaluate_tasks
+from slicing.text import is_file
 
 LAYERS, HIDDEN, POSITIONS = 3, 48, 256  # of tiny_runs' model
 VECTOR = ("0", "0.5", "1")
@@ -342,13 +344,18 @@ def test_options_of_tasks_are_refused_without_tasks(refused, flag):
 BAD_TASKS = {
     "without their documents": (["tiny_missing"], "documents of task tiny_missing can't be loaded"),
     "twice": (["tiny_group", "tiny_colours"], "task tiny_colours is in both tiny_group and tiny_colours"),
-    "too few examples": (["tiny_endings", "--num-fewshot", "200"], r"has \d+ examples for its prompt: --num-f"),
+    "too few examples": (
+        ["tiny_endings", "--num-fewshot", "@"],
+        r"has \d+ examples for its prompt, not \d+: use a",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_TASKS)
 def test_tasks_are_refused(refused, case):
     arguments, message = BAD_TASKS[case]
+    there = len((TASKS / "endings_train.jsonl").read_text().splitlines())  # one of them may be the document itself
+    arguments = [str(there) if word == "@" else word for word in arguments]
     refused(sweep, ["--include-path", str(TASKS), "--tasks", *arguments], message)
 
 
@@ -722,6 +729,21 @@ def test_what_a_user_should_know_is_noted(here, shared, more, note):
     shutil.copy(shared / "text" / "train.txt", here / "text.txt")
     (found,) = check(sweep.parse(sweep_arguments(shared, *more))).notes
     assert note in found
+
+
+def test_as_many_examples_as_there_are_but_one_are_taken(shared):
+    there = len((TASKS / "endings_train.jsonl").read_text().splitlines())
+    tasks = ["--tasks", "tiny_endings", "--include-path", str(TASKS), "--num-fewshot", str(there - 1)]
+    checked = check(sweep.parse(sweep_arguments(shared, *tasks)))
+    model, tokenizer = load_model(str(shared / "model"), device="cpu")
+    scores = evaluate_tasks(model, tokenizer, checked.tasks, num_fewshot=there - 1, limit=2, progress=False)
+    assert scores["tiny_endings"]["documents"] == 2
+
+
+def test_the_demo_text_is_no_file_even_where_a_folder_has_its_name(here):
+    (here / "demo").mkdir()
+    assert not is_file("demo")
+    assert is_file("demo.txt")
 
 
 def test_a_run_on_split_texts_needs_no_note(shared):

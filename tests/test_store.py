@@ -112,11 +112,23 @@ def test_results_that_the_schema_does_not_describe_are_not_written(tmp_path):
 def test_a_run_takes_over_what_another_one_beside_it_has_measured(tmp_path):
     RunFolder(tmp_path / "one").write("point", "a", point("a"))
     RunFolder(tmp_path / "one").write("redundancy", "b", [1.5])
-    assert RunFolder(tmp_path / "fresh", fresh=True).read("point", "a") is None
+    assert RunFolder(tmp_path / "fresh", fresh=True).take_over("point", "a") is None
     other = RunFolder(tmp_path / "two")
-    assert (other.read("point", "a"), other.read("redundancy", "b")) == (point("a"), [1.5])
-    assert (tmp_path / "two" / "points" / "a.json").exists()
-    assert other.read("point", "b") is None
+    assert other.read("point", "a") is None
+    assert (other.take_over("point", "a"), other.take_over("redundancy", "b")) == (point("a"), [1.5])
+    assert other.read("point", "a") == point("a")
+    assert other.take_over("point", "b") is None
+
+
+def test_the_newest_good_file_of_those_beside_is_taken_over(tmp_path):
+    for age, (run, perplexity) in enumerate((("new", 3.0), ("old", 2.0), ("oldest", 1.0))):
+        RunFolder(tmp_path / run).write("point", "a", point("a", perplexity=perplexity))
+        file = tmp_path / run / "points" / "a.json"
+        os.utime(file, (10**9 - age, 10**9 - age))
+    assert RunFolder(tmp_path / "x").take_over("point", "a")["perplexity"] == 3
+    (tmp_path / "new" / "points" / "a.json").write_text("{")
+    (tmp_path / "x" / "points" / "a.json").unlink()
+    assert RunFolder(tmp_path / "y").take_over("point", "a")["perplexity"] == 2
 
 
 def test_keys_depend_on_content_and_not_on_order():

@@ -8,6 +8,7 @@ sweep, perplexity only. The seconds are those of the whole command, start-up and
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, __doc__, argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
-        _make_model(options, folder / "model")
+        model = folder / f"model-{options.shape}-{options.layers}-{options.dtype}-{options.seed}"
+        _make_model(options, model)
         for count in options.ranks:
-            seconds = _run(options, folder, count)
+            seconds = _run(options, folder, model, count)
             write_json(folder / f"seconds-{count}.json", seconds)
         found = _table(folder)
     if options.json:
@@ -72,11 +74,12 @@ def _make_model(options: Options, folder: Path) -> None:
         torch.cuda.empty_cache()  # the runs need the card
 
 
-def _run(options: Options, folder: Path, count: int) -> float:
+def _run(options: Options, folder: Path, model: Path, count: int) -> float:
     """Seconds of the command with this number of ranks."""
-    layers = AutoConfig.from_pretrained(folder / "model").num_hidden_layers
+    shutil.rmtree(folder / f"results-{count}", ignore_errors=True)
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
     command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc-per-node={count}"] if count > 1 else [])]
-    command += [str(SCRIPT), "--model", str(folder / "model"), "--dataset", options.dataset, "--quiet", "--fresh"]
+    command += [str(SCRIPT), "--model", str(model), "--dataset", options.dataset, "--quiet"]
     command += ["--mean", f"{options.mean}", "--step", f"{options.step}", "--cuda-device", options.torch_device.type]
     command += ["--vector-cut", *(f"{value:.4f}" for value in redundancy(layers))]
     command += ["--calibration-samples", f"{options.samples}", "--calibration-length", f"{options.length}"]
