@@ -54,6 +54,7 @@ class Experiment:
         self.results: Results = self.bench.header()
         self._points: dict[str, Point] = {}  # finished ones, by key
         self._reported = 0
+        self._kept = self.folder.finished() if ranks.first else 0
 
     def run(self, on_point: OnPoint) -> Results:
         """Measure what is missing, call `on_point` for each point in order (in rank 0), and return the results.
@@ -74,6 +75,8 @@ class Experiment:
             if equal is not None:
                 self._measure([*targets, equal], on_point)
         self._save_models()
+        if self.ranks.first:
+            self.folder.write_results(self.results)
         return self.results
 
     # ---- points
@@ -128,7 +131,8 @@ class Experiment:
         finished = [point for point in found if point is not None]
         if len(finished) > len(self.results["points"]):
             self.results["points"] = finished
-            self.folder.write_results(self.results)
+            if len(finished) >= self._kept:  # a run that goes on replaces no file by a shorter one
+                self.folder.write_results(self.results)
         while self._reported < len(keys) and (point := found[self._reported]) is not None:
             self._reported += 1
             with tqdm.external_write_mode():

@@ -17,7 +17,7 @@ import torch
 
 from .families import InputError
 from .files import read_json, write_json
-from .results import Results, check_point, check_results
+from .results import Results, check_point, check_results, read_results
 
 
 class RunFolder:
@@ -58,6 +58,13 @@ class RunFolder:
     def write(self, kind: str, key: str, content: Any) -> None:
         """Keep something under its key."""
         write_json(self._path(kind, key), content)
+
+    def finished(self) -> int:
+        """How many points results.json holds; 0 where it is not there or damaged."""
+        try:
+            return len(read_results(self.folder)["points"])
+        except InputError:
+            return 0
 
     def write_results(self, results: Results) -> None:
         """Write results.json. InputError where they are not what the schema describes."""

@@ -28,6 +28,7 @@ from slicing.options import Options, check
 from slicing.report import equal_size_summary
 from slicing.results import Results, mean_accuracy, mean_accuracy_error
 from slicing.rotation import sliced_parameters
+from slicing.store import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,21 @@ def test_the_same_command_again_measures_nothing_and_gives_the_same(runs, finish
     assert measured == []
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert rows.count("dynamic") == 6
+
+
+def test_a_run_that_goes_on_never_shortens_its_results(runs, monkeypatch):
+    more = ("--compare", "equal-parameters")
+    _, first = runs.run("never-shorter", *more, step=0.15)
+    written: list[int] = []
+    write = RunFolder.write_results
+
+    def noted(folder, results):
+        written.append(len(results["points"]))
+        write(folder, results)
+
+    monkeypatch.setattr(RunFolder, "write_results", noted)
+    assert runs.run("never-shorter", *more, step=0.15)[1]["points"] == first["points"]
+    assert set(written) == {len(first["points"])} == {5}
 
 
 def test_fresh_starts_over(runs, measured):
