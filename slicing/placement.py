@@ -69,8 +69,8 @@ def _spread(model: PreTrainedModel, gpus: Iterable[int]) -> Iterator[None]:
     layers = list(model._no_split_modules or ())
     tied = find_tied_parameters(model)
     attributes = [(module, set(vars(module))) for module in model.modules()]
-    dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))
     try:
+        dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=layers))
         yield
     finally:
         remove_hook_from_submodules(model)

@@ -47,8 +47,11 @@ class RunFolder:
         path = self._path(kind, key)
         if path.exists() or self.fresh:
             return self.read(kind, key)
-        beside = self.folder.parent.glob(f"*/{path.relative_to(self.folder)}")
-        for file in sorted(beside, key=lambda file: file.stat().st_mtime, reverse=True):
+        beside: list[tuple[float, Path]] = []
+        for file in self.folder.parent.glob(f"*/{path.relative_to(self.folder)}"):
+            with contextlib.suppress(OSError):  # gone since
+                beside.append((file.stat().st_mtime, file))
+        for _, file in sorted(beside, reverse=True):
             with contextlib.suppress(InputError):
                 content = _content(file, kind, key)
                 write_json(path, content)
