@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -109,6 +110,7 @@ class Runs:
 def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> None:
     """The process: log each point that is begun, run the script; FAILING_RANK fails at its first point."""
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start without it
     rank = environment.get("RANK", "0")
     log = os.open(f"{output}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream, name in ((1, "stdout"), (2, "stderr")):
