@@ -246,7 +246,7 @@ FAMILIES: dict[str, Family] = {
 _POST_NORM = "it normalises a block's output before adding it, so no rotation passes through"
 REFUSED: dict[str, str] = dict.fromkeys(
     ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _POST_NORM
-) | {"sliced": "it is sliced already, and can only be evaluated (--mean 0)"}
+)
 
 
 def find_family(config: Any) -> Family:
@@ -254,6 +254,8 @@ def find_family(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"can't slice {model_type!r}: it is an encoder-decoder, only decoders can be sliced")
+    if model_type == "sliced":
+        raise InputError("can't slice 'sliced': it is sliced already, and can only be evaluated (--mean 0)")
     if model_type in REFUSED:
         raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}; choose one of {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:

@@ -187,7 +187,7 @@ def test_an_unknown_family_is_an_error_that_lists_the_known_ones():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", sorted(REFUSED.keys() - {"sliced"}))
+@pytest.mark.parametrize("model_type", REFUSED)
 def test_families_that_normalise_after_a_block_are_refused_with_the_reason(model_type):
     with pytest.raises(InputError, match=f"can't slice '{model_type}': it normalises a block's output before adding"):
         find_family(SimpleNamespace(model_type=model_type))
