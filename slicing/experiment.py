@@ -75,7 +75,7 @@ class Experiment:
             if equal is not None:
                 self._measure([*targets, equal], on_point)
         self._save_models()
-        if self.ranks.first:
+        if len(self.results["points"]) < self._kept:  # fewer are wanted now than the file holds
             self.folder.write_results(self.results)
         return self.results
 
