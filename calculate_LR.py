@@ -13,7 +13,7 @@ from typing import Any
 
 from slicing import InputError
 from slicing.command_line import Parser, at_least, check_output, check_seed, exit_code
-from slicing.options import check_positions
+from slicing.experiment.options import check_positions
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def measure(options: Options) -> None:
     if options.quiet:
         os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
-    from slicing.evaluation import check_token_ids
+    from slicing.batches import check_token_ids
     from slicing.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
     from slicing.text import check_source, token_windows
 
@@ -107,9 +107,9 @@ def measure(options: Options) -> None:
     check_token_ids(windows, config.get_text_config(decoder=True).vocab_size)
     model, _ = load_model(options.model, device="cpu", dtype=options.dtype, **where)
 
+    from slicing.devices import must_offload, on_devices
+    from slicing.experiment.identity import text_entry
     from slicing.files import write_json
-    from slicing.placement import must_offload, on_devices
-    from slicing.provenance import text_entry
     from slicing.redundancy import layer_redundancy
 
     if not must_offload(model, device, calibration_tokens=0):
@@ -122,7 +122,7 @@ def measure(options: Options) -> None:
         data = text_entry(options.dataset, options.split, windows)
         write_json(Path(options.output), redundancy.as_dict() | {"arguments": asdict(options), "data": data})
     if options.plot:
-        from slicing.plots import plot_layer_redundancy
+        from slicing.report.plots import plot_layer_redundancy
 
         plot_layer_redundancy(redundancy.as_dict(), options.model, Path(options.plot))
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from slicing.command_line import Parser, exit_code
-from slicing.options import Options
+from slicing.experiment.options import Options
 
 
 def parse(argv: Sequence[str] | None) -> Options:
@@ -83,8 +83,8 @@ def sweep(options: Options) -> None:
     if options.quiet or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
-    from slicing.options import check
-    from slicing.ranks import join_ranks
+    from slicing.experiment.options import check
+    from slicing.experiment.ranks import join_ranks
 
     ranks = join_ranks()  # before the checks: where one rank fails them, the others learn it
     checked = check(options)
@@ -92,8 +92,8 @@ def sweep(options: Options) -> None:
         for note in checked.notes:
             print(f"note: {note}", file=sys.stderr)
 
-    from slicing.experiment import Experiment
-    from slicing.report import equal_size_summary, format_row, header, write_files
+    from slicing.experiment.sweep import Experiment
+    from slicing.report.table import equal_size_summary, format_row, header, write_files
 
     experiment = Experiment(checked, ranks)
     tasks = checked.tasks.names if checked.tasks else []

@@ -7,22 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bases import dense_bases as dense_bases
-    from .evaluation import perplexity as perplexity
-    from .families import InputError as InputError
-    from .loading import load_model as load_model
-    from .modeling import SlicedForCausalLM as SlicedForCausalLM
-    from .modeling import count_parameters as count_parameters
-    from .redundancy import LayerRedundancy as LayerRedundancy
-    from .redundancy import layer_redundancy as layer_redundancy
-    from .rotation import rotate_and_slice as rotate_and_slice
-    from .rotation import slice_with_bases as slice_with_bases
-    from .schedule import final_slices as final_slices
-    from .schedule import slice_widths as slice_widths
-    from .text import token_windows as token_windows
+    from slicing.bases import dense_bases as dense_bases
+    from slicing.families import InputError as InputError
+    from slicing.likelihood import perplexity as perplexity
+    from slicing.loading import load_model as load_model
+    from slicing.modeling import SlicedForCausalLM as SlicedForCausalLM
+    from slicing.modeling import count_parameters as count_parameters
+    from slicing.redundancy import LayerRedundancy as LayerRedundancy
+    from slicing.redundancy import layer_redundancy as layer_redundancy
+    from slicing.rotation import rotate_and_slice as rotate_and_slice
+    from slicing.rotation import slice_with_bases as slice_with_bases
+    from slicing.schedule import final_slices as final_slices
+    from slicing.schedule import slice_widths as slice_widths
+    from slicing.text import token_windows as token_windows
 
 _MODULES = {
-    "evaluation": ("perplexity",),
+    "likelihood": ("perplexity",),
     "families": ("InputError",),
     "loading": ("load_model",),
     "modeling": ("SlicedForCausalLM", "count_parameters"),

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import evaluation_mode
-from .families import Family, find_family
-from .modeling import find_block, is_parallel, part
-from .pca import leading_eigenvectors
-from .stream import Stream, attention_step, mlp_step, on_device, parallel_step
+from slicing.batches import evaluation_mode
+from slicing.calibration import Stream, attention_step, mlp_step, on_device, parallel_step
+from slicing.families import Family, find_family
+from slicing.modeling import find_block, is_parallel, part
+from slicing.pca import leading_eigenvectors
 
 MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .families import InputError
+from slicing.families import InputError
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .families import InputError
+from slicing.families import InputError
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import torch
 
-from .families import InputError
+from slicing.families import InputError
 
 _TOKENS = 4096  # of a block whose products are summed in fp32; the sum of the blocks is fp64
 _FP64_TOKENS = 16384

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .evaluation import check_token_ids, evaluation_mode, in_batches, input_device, windows_at_once
-from .families import FAMILIES, InputError
-from .modeling import part
-from .schedule import normalise
+from slicing.batches import check_token_ids, evaluation_mode, in_batches, input_device, windows_at_once
+from slicing.families import FAMILIES, InputError
+from slicing.modeling import part
+from slicing.schedule import normalise
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .bases import Bases, Basis, find_bases
-from .evaluation import evaluation_mode
-from .families import Block, Family, InputError, find_family
-from .modeling import (
+from slicing.bases import Bases, Basis, find_bases
+from slicing.batches import evaluation_mode
+from slicing.calibration import Stream, copy_of
+from slicing.families import Block, Family, InputError, find_family
+from slicing.modeling import (
     SlicedConfig,
     SlicedForCausalLM,
     SlicedLayer,
@@ -29,7 +30,6 @@ from .modeling import (
     part,
     slice_modules,
 )
-from .stream import Stream, copy_of
 
 
 @torch.no_grad()

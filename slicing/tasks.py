@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
-from .evaluation import evaluation_mode, first_batch, is_gpu, smaller_batch
-from .families import InputError
+from slicing.batches import evaluation_mode, first_batch, is_gpu, smaller_batch
+from slicing.families import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

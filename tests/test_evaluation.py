@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from slicing import evaluation
-from slicing.evaluation import perplexity, window_nll
+from slicing import likelihood
 from slicing.families import InputError
+from slicing.likelihood import perplexity, window_nll
 from slicing.tasks import evaluate_tasks, resolve_tasks
 
 TASKS = Path(__file__).parent / "data" / "tiny_tasks"
@@ -78,7 +78,7 @@ def direct_nll(model: Any, windows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_in_chunks_equals_the_forward(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny_model(family), random_windows()
-    monkeypatch.setattr(evaluation, "HEAD_BYTES", 4 * VOCABULARY * 7)  # seven tokens a chunk: across window ends
+    monkeypatch.setattr(likelihood, "HEAD_BYTES", 4 * VOCABULARY * 7)  # seven tokens a chunk: across window ends
     expected = direct_nll(model, windows)
     found = window_nll(model, windows, batch_size=2, progress=False)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -20,15 +20,15 @@ from tiny_runs import REPOSITORY, TASKS, Runs, comparable, write_model, write_te
 
 import calculate_LR
 import mean_cut_accuracy_experiments as script
-import slicing.bench
+import slicing.experiment.measure
 from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
-from slicing.bench import Bench
-from slicing.experiment import run_name
-from slicing.options import Options, check
-from slicing.report import equal_size_summary
-from slicing.results import Results, mean_accuracy, mean_accuracy_error
+from slicing.experiment.measure import Bench
+from slicing.experiment.options import Options, check
+from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error
+from slicing.experiment.store import RunFolder
+from slicing.experiment.sweep import run_name
+from slicing.report.table import equal_size_summary
 from slicing.rotation import sliced_parameters
-from slicing.store import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,17 @@ def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slici
 
 
 def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypatch):
-    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
     found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
     assert comparable(found[0]) == comparable(found[1])
     assert found[0]["redundancy"]["cosine"] is not None
 
 
 def test_a_perplexity_that_is_no_number_is_an_error_and_not_a_point(runs, monkeypatch, capsys):
-    monkeypatch.setattr(slicing.bench, "window_nll", lambda *args, **how: torch.full((3,), 800.0, dtype=torch.float64))
+    monkeypatch.setattr(
+        slicing.experiment.measure, "window_nll", lambda *args, **how: torch.full((3,), 800.0, dtype=torch.float64)
+    )
     assert script.main(runs.arguments("overflow", "--quiet", mean=0)) == 2
     assert (
         "the mean negative log likelihood is 800 nats, more than 200: this is no language model"
@@ -539,8 +541,10 @@ def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):
 
 def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(runs, finished, monkeypatch):
     passes = []
-    dense_bases = slicing.bench.dense_bases
-    monkeypatch.setattr("slicing.bench.dense_bases", lambda *a, **k: passes.append(1) or dense_bases(*a, **k))
+    dense_bases = slicing.experiment.measure.dense_bases
+    monkeypatch.setattr(
+        "slicing.experiment.measure.dense_bases", lambda *a, **k: passes.append(1) or dense_bases(*a, **k)
+    )
     _, results = runs.run("once", "--calibration", "once")
     assert len(passes) == 1
     every, once = finished[1]["points"], results["points"]
@@ -586,8 +590,8 @@ def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
 
 
 def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
     file = tmp_path / "lr.json"
     lr = ["--dataset", runs.text, "--samples", "8", "--max-seq-len", "32", "--stride", "32", "--device", "cpu"]
     assert calculate_LR.main([str(runs.model), *lr, "--output", str(file)]) == 0
@@ -604,8 +608,8 @@ def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs,
 
 
 def test_lr_that_was_measured_is_kept(runs, monkeypatch):
-    monkeypatch.setattr("slicing.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
     first = runs.run("kept", "--source-for-vector", runs.text, step=0.3)
     monkeypatch.setattr(Bench, "redundancy", None)
     assert comparable(runs.run("kept", "--source-for-vector", runs.text, step=0.3)[1]) == comparable(first[1])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from slicing.model_card import write_model_card
+from slicing.report.model_card import write_model_card
 
 GIVEN: dict[str, Any] = {
     "model_name": "someone/model-7b",

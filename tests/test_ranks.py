@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from slicing.experiment.ranks import Ranks, _lost_rank, _slurm_step, join_ranks
 from slicing.families import InputError
-from slicing.ranks import Ranks, _lost_rank, _slurm_step, join_ranks
 
 STEP = {
     "SLURM_JOB_ID": "31007",

@@ -12,9 +12,16 @@ from typing import Any
 import matplotlib.figure
 import pytest
 
+from slicing.experiment.results import (
+    RESULTS_SCHEMA,
+    SCHEMA_VERSION,
+    check_results,
+    paired_standard_error,
+    read_results,
+)
 from slicing.families import InputError
-from slicing.labels import run_labels, text_label, text_name
-from slicing.plots import (
+from slicing.report.labels import run_labels, text_label, text_name
+from slicing.report.plots import (
     layer_redundancy_figure,
     log_ticks,
     plot_layer_redundancy,
@@ -23,8 +30,7 @@ from slicing.plots import (
     redundancy_figure,
     sweep_figure,
 )
-from slicing.report import equal_size_summary, format_row, format_table, header, main, write_csv, write_files
-from slicing.results import RESULTS_SCHEMA, SCHEMA_VERSION, check_results, paired_standard_error, read_results
+from slicing.report.table import equal_size_summary, format_row, format_table, header, main, write_csv, write_files
 from slicing.schedule import final_slices, slice_widths, sweep_amounts
 
 LR = [0.0, 0.4, 0.8, 0.9, 1.0, 0.5]
@@ -781,6 +787,6 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(run, tmp_path, capsys, monkey
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slicing.report.plot_sweep", interrupt)
+    monkeypatch.setattr("slicing.report.table.plot_sweep", interrupt)
     assert main([str(save(run, tmp_path / "run"))]) == 130
     assert capsys.readouterr().err == "interrupted\n"

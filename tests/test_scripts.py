@@ -23,7 +23,7 @@ from transformers import Gemma2Config, GPTBigCodeConfig, PreTrainedModel, T5Conf
 import calculate_LR
 import mean_cut_accuracy_experiments as sweep
 from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
-from slicing.options import Options, check
+from slicing.experiment.options import Options, check
 from slicing.tasks import evaluate_tasks
 from slicing.text import is_file
 

@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
+from slicing.experiment.results import RESULTS_SCHEMA
+from slicing.experiment.store import RunFolder, content_key, windows_key
 from slicing.families import InputError
 from slicing.files import write_json
-from slicing.results import RESULTS_SCHEMA
-from slicing.store import RunFolder, content_key, windows_key
 
 _VALUES = {"int": 1, "number": 0.5, "numbers": [], "str": "dense", "object": {}}
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 import mean_cut_accuracy_experiments as script
-from slicing.bench import Bench
-from slicing.results import Results, read_results
+from slicing.experiment.measure import Bench
+from slicing.experiment.results import Results, read_results
 
 REPOSITORY = Path(script.__file__).parent
 TASKS = Path(__file__).parent / "data" / "tiny_tasks"
@@ -77,7 +77,7 @@ class Runs:
             stack.enter_context(mock.patch.dict(os.environ))  # --quiet sets a variable
             if not plots:
                 for name in ("plot_sweep", "plot_redundancy"):
-                    stack.enter_context(mock.patch(f"slicing.report.{name}"))
+                    stack.enter_context(mock.patch(f"slicing.report.table.{name}"))
             assert script.main(self.arguments(output, *more, **numbers)) == 0
         return self.found(output)
 
@@ -141,4 +141,4 @@ def comparable(results: Results) -> Results:
 
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tiny_runs", "slicing.experiment", "slicing.report", "matplotlib.figure"])
+_SERVER.set_forkserver_preload(["tiny_runs", "slicing.experiment.sweep", "slicing.report.table", "matplotlib.figure"])

@@ -17,8 +17,8 @@ import torch
 from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, print_heading, timed
 
+from slicing.devices import model_bytes
 from slicing.files import write_json
-from slicing.placement import model_bytes
 from slicing.rotation import rotate_and_slice
 
 

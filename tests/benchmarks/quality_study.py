@@ -20,8 +20,8 @@ import torch
 import slicing
 from slicing import bases
 from slicing.bases import Bases, dense_bases
-from slicing.evaluation import window_nll
-from slicing.results import paired_standard_error
+from slicing.experiment.results import paired_standard_error
+from slicing.likelihood import window_nll
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.tasks import evaluate_tasks, resolve_tasks
 

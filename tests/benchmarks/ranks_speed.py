@@ -23,9 +23,9 @@ from shapes import ModelOptions, option, parse, random_model, redundancy
 from timing import Table, machine, print_heading
 from transformers import AutoConfig
 
+from slicing.experiment.results import Results, read_results
 from slicing.files import write_json
 from slicing.loading import load_tokenizer
-from slicing.results import Results, read_results
 
 SCRIPT = Path(__file__).parents[2] / "mean_cut_accuracy_experiments.py"
 

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from slicing import bases, pca, rotation
 from slicing.bases import dense_bases
-from slicing.evaluation import window_nll
 from slicing.files import write_json
+from slicing.likelihood import window_nll
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import rotate_and_slice, slice_with_bases

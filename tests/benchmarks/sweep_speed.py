@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/sweep_speed.py --shape 7b --json sweep.json
     PYTHONPATH=. python tests/benchmarks/sweep_speed.py --shape 7b --calibration once
 
-The calls are those of slicing/experiment.py, on random tokens and with the published vector. Nothing is warmed up: the
+The calls are those of slicing/experiment/sweep.py, on random tokens and with the published vector. Nothing is warmed up: the
 total is what a sweep takes once the model is loaded.
 """
 
@@ -20,8 +20,8 @@ from timing import Table, machine, print_heading, timed
 from transformers import PreTrainedModel
 
 from slicing.bases import dense_bases
-from slicing.evaluation import window_nll
 from slicing.files import write_json
+from slicing.likelihood import window_nll
 from slicing.modeling import count_parameters
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.schedule import sweep_amounts

@@ -7,17 +7,13 @@ windows, so the error of the difference is far smaller than that of either perpl
 
 import csv
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slicing.command_line import Parser, exit_code
-from slicing.files import replacing
-from slicing.labels import model_name, run_labels, text_label
-from slicing.plots import plot_redundancy, plot_sweep
-from slicing.results import (
+from slicing.experiment.results import (
     PARTS,
     Point,
     Results,
@@ -29,6 +25,9 @@ from slicing.results import (
     paired_standard_error,
     read_results,
 )
+from slicing.files import replacing
+from slicing.report.labels import model_name, run_labels, text_label
+from slicing.report.plots import plot_redundancy, plot_sweep
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
 
@@ -270,7 +269,3 @@ def write_files(runs: Sequence[Results], folder: Path) -> None:
         plot_sweep(runs, folder / "sweep.png")
     if len(runs) == 1 and runs[0]["redundancy"] is not None:
         plot_redundancy(runs[0], folder / "redundancy.png")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from slicing.search import golden_section, nearest
+from slicing.experiment.minimum import golden_section, nearest
 
 
 @pytest.mark.parametrize("lowest", [0.0, 0.01, 0.0731, 0.15, 0.2999, 0.3])

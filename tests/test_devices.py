@@ -9,7 +9,7 @@ from tiny_models import random_model, windows
 
 from slicing import perplexity, rotate_and_slice
 from slicing.bases import dense_bases
-from slicing.placement import free_bytes, model_bytes, must_offload, on_devices
+from slicing.devices import free_bytes, model_bytes, must_offload, on_devices
 from slicing.rotation import slice_with_bases
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -111,7 +111,7 @@ def cramped(monkeypatch, tmp_path):
 
     monkeypatch.setattr("accelerate.dispatch_model", dispatch_to_disk)
     monkeypatch.setattr("accelerate.infer_auto_device_map", layout)
-    monkeypatch.setattr("slicing.placement.free_bytes", lambda device: 0)
+    monkeypatch.setattr("slicing.devices.free_bytes", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
@@ -164,7 +164,7 @@ def test_a_model_that_does_not_fit_is_evaluated_on_gpu_and_cpu_and_put_back(tied
     model = random_model("llama", tied=tied, dtype=torch.float32)
     ids = windows()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("slicing.placement.free_bytes", lambda device: model_bytes(model))  # 80 % of it are used
+    monkeypatch.setattr("slicing.devices.free_bytes", lambda device: model_bytes(model))  # 80 % of it are used
     for place in (model, rotate_and_slice(model, ids, [40, 24, 32])):
         wanted = perplexity(place, ids, progress=False)
         with on_devices(place, GPU) as placed:

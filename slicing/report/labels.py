@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from slicing.results import Results, is_accuracy
+from slicing.experiment.results import Results, is_accuracy
 
 TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .families import InputError
+from slicing.families import InputError
 
 T = TypeVar("T")
 _MEET = timedelta(minutes=10)  # for all ranks to start

@@ -7,10 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicing.experiment.results import (
+    Point,
+    Results,
+    best_dynamic_point,
+    constant_point,
+    dense_point,
+    mean_accuracy_error,
+)
 from slicing.families import InputError
 from slicing.files import replacing
-from slicing.labels import accuracy_label, dense_labels, run_label, run_labels, text_label
-from slicing.results import Point, Results, best_dynamic_point, constant_point, dense_point, mean_accuracy_error
+from slicing.report.labels import accuracy_label, dense_labels, run_label, run_labels, text_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,14 +4,14 @@ The decoder body runs once per batch and the head on chunks of tokens, so that n
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from slicing.batches import check_token_ids, evaluation_mode, in_batches, input_device, is_gpu
 from slicing.families import InputError
 
 if TYPE_CHECKING:
@@ -67,55 +67,6 @@ def window_nll(
     return nll
 
 
-def in_batches(
-    run: Callable[[torch.Tensor], torch.Tensor],
-    windows: torch.Tensor,
-    *,
-    batch_size: int | None,
-    automatic: int,
-    name: str,
-    progress: bool,
-) -> list[torch.Tensor]:
-    """What `run` returns for each batch of windows (N, S), in order, left on its device: the loop never waits for it.
-
-    batch_size: windows a batch; None starts with `automatic` and halves when memory runs out. name: of the bar.
-    Raises InputError for a batch that does not fit.
-    """
-    count, length = windows.shape
-    size = first_batch(batch_size, automatic)
-    done: list[torch.Tensor] = []
-    start = 0
-    with tqdm(total=count, desc=name, unit="window", disable=not progress) as bar:
-        while start < count:
-            batch = windows[start : start + size]
-            try:
-                done.append(run(batch))
-            except RuntimeError as error:
-                size = smaller_batch(error, len(batch), batch_size, f"windows of {length} tokens")
-                continue
-            start += len(batch)
-            bar.update(len(batch))
-    return done
-
-
-def check_token_ids(windows: torch.Tensor, vocabulary: int) -> None:
-    """InputError where token ids (N, S) are not in [0, vocabulary)."""
-    low, high = windows.min().item(), windows.max().item()
-    if low < 0 or high >= vocabulary:
-        raise InputError(
-            f"token ids go from {low} to {high}, the model's vocabulary from 0 to {vocabulary - 1}: "
-            "use the tokenizer that belongs to the model"
-        )
-
-
-def input_device(table: torch.nn.Module) -> torch.device:
-    """Device of the embedding, also where accelerate keeps its weight elsewhere between calls."""
-    device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        return next(table.parameters()).device
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
 def _token_nll(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
     """Negative log likelihood (B, S - 1) of every token of ids (B, S) but the first of each row, fp32 or fp64."""
     body = model.get_decoder()
@@ -156,45 +107,3 @@ def _body_output(body: torch.nn.Module) -> Iterator[Any]:
         del body.forward
         if before is not None:
             body.forward = before
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its own training flag again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def windows_at_once(device: torch.device, length: int) -> int:
-    """How many windows of `length` tokens a pass over the decoder layers, without a head, runs at once."""
-    return max(1, (16_384 if is_gpu(device) else 4_096) // length)
-
-
-def first_batch(given: int | None, automatic: int) -> int:
-    if given is not None and given < 1:
-        raise InputError(f"the batch size is {given}: it must be at least 1")
-    return given or automatic
-
-
-def smaller_batch(error: RuntimeError, size: int, given: int | None, what: str) -> int:
-    """Half of `size` after an out-of-memory error. Raises InputError where the size was given or can't be halved.
-
-    Nothing is freed here: PyTorch gives its cached memory back itself before it reports that there is none.
-    """
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    if not should_reduce_batch_size(error):
-        raise error
-    if given is not None or size == 1:
-        remedy = "a smaller batch size" if size > 1 else "shorter windows, a smaller model or a larger device"
-        raise InputError(f"out of memory with a batch of {size} {what}: use {remedy}") from error
-    return size // 2
-
-
-def is_gpu(device: torch.device) -> bool:
-    return device.type not in ("cpu", "mps")

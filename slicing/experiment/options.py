@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_line import at_least, check_seed
-from .families import InputError, find_family
-from .files import read_json
-from .results import check_redundancy
-from .schedule import check_vector, final_slices, normalise, rounded_down, slice_widths, sweep_amounts
+from slicing.command_line import at_least, check_seed
+from slicing.experiment.results import check_redundancy
+from slicing.families import InputError, find_family
+from slicing.files import read_json
+from slicing.schedule import check_vector, final_slices, normalise, rounded_down, slice_widths, sweep_amounts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from .tasks import TaskSet
+    from slicing.tasks import TaskSet
 
 REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
 
@@ -140,10 +140,10 @@ def check(options: Options) -> Checked:
             if getattr(options, flag.replace("-", "_")) != wanted:
                 raise InputError(f"--{flag} needs a mean above 0, got --mean 0: nothing is sliced at 0")
 
-    from .evaluation import check_token_ids
-    from .loading import load_config, load_tokenizer, resolve_device, resolve_dtype
-    from .tasks import check_fewshot, resolve_tasks
-    from .text import check_source, is_file, token_windows
+    from slicing.batches import check_token_ids
+    from slicing.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
+    from slicing.tasks import check_fewshot, resolve_tasks
+    from slicing.text import check_source, is_file, token_windows
 
     resolve_device(options.cuda_device)
     resolve_dtype(options.dtype)

@@ -14,20 +14,20 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from . import provenance
-from .bases import Bases, dense_bases
-from .evaluation import perplexity, window_nll
-from .families import InputError
-from .loading import load_model
-from .model_card import write_model_card
-from .modeling import count_parameters
-from .options import Checked, Target
-from .placement import must_offload, on_devices
-from .redundancy import layer_redundancy
-from .results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
-from .rotation import rotate_and_slice, slice_with_bases
-from .store import content_key, weights_key, windows_key
-from .tasks import evaluate_tasks
+from slicing.bases import Bases, dense_bases
+from slicing.devices import must_offload, on_devices
+from slicing.experiment import identity
+from slicing.experiment.options import Checked, Target
+from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
+from slicing.experiment.store import content_key, weights_key, windows_key
+from slicing.families import InputError
+from slicing.likelihood import perplexity, window_nll
+from slicing.loading import load_model
+from slicing.modeling import count_parameters
+from slicing.redundancy import layer_redundancy
+from slicing.report.model_card import write_model_card
+from slicing.rotation import rotate_and_slice, slice_with_bases
+from slicing.tasks import evaluate_tasks
 
 # Options that a point's numbers don't depend on, or that stand in its key by what they come to.
 _NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_base", "offload", "cuda_device"}
@@ -62,7 +62,7 @@ class Bench:
             self.model.to(device)
         self._bases: Bases | None = None
         self._dependences = self._known_dependences()
-        self._git = provenance.git_commit()
+        self._git = identity.git_commit()
 
     # ---- what numbers depend on
 
@@ -82,9 +82,9 @@ class Bench:
             "device": known["device"],
             "seed": options.seed,
             "data": {
-                "perplexity": provenance.text_entry(options.dataset, options.perplexity_split, test),
+                "perplexity": identity.text_entry(options.dataset, options.perplexity_split, test),
                 "calibration": (
-                    None if calibration is None else provenance.text_entry(options.dataset, "train", calibration)
+                    None if calibration is None else identity.text_entry(options.dataset, "train", calibration)
                 ),
                 "redundancy": None,
             },
@@ -103,7 +103,7 @@ class Bench:
                 "target": asdict(target),
                 "rotations": self.options.rotations if sliced else None,
                 "options": {name: value for name, value in asdict(self.options).items() if name not in _NOT_IN_KEY},
-                "task files": provenance.task_files(self.options.include_path),
+                "task files": identity.task_files(self.options.include_path),
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),
             }
@@ -119,17 +119,17 @@ class Bench:
         return {
             "schema": SCHEMA_VERSION,
             "model": {
-                "revision": provenance.model_commit(options),
+                "revision": identity.model_commit(options),
                 "model_type": self.checked.config.model_type,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "parameters": count_parameters(self.model),
                 "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
             },
             # a local model is known by its content, whatever its path
-            "model files": provenance.model_files(options.model) or options.model,
+            "model files": identity.model_files(options.model) or options.model,
             "weights": weights_key(self.model),
-            "versions": provenance.versions(options),
-            "device": provenance.device_name(self.device),
+            "versions": identity.versions(options),
+            "device": identity.device_name(self.device),
         }
 
     # ---- measurements
@@ -281,5 +281,5 @@ class Bench:
                 "sliced": point["perplexity"],
             },
             parameters=(self._dependences["model"]["parameters"], point["parameters"]),
-            command=provenance.command_line(),
+            command=identity.command_line(),
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .loading import DEMO, local_path
-from .options import Options
+from slicing.experiment.options import Options
+from slicing.loading import DEMO, local_path
 
 
 def text_entry(source: str, split: str, windows: torch.Tensor) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 def git_commit() -> str | None:
     """The commit of this repository, with "-dirty" where its files differ from it; None outside a checkout."""
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *describe]
+    command = ["git", "-C", str(Path(__file__).resolve().parents[2]), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

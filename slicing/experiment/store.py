@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .families import InputError
-from .files import read_json, write_json
-from .results import Results, check_point, check_results, read_results
+from slicing.experiment.results import Results, check_point, check_results, read_results
+from slicing.families import InputError
+from slicing.files import read_json, write_json
 
 
 class RunFolder:

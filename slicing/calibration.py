@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .evaluation import first_batch, windows_at_once
-from .families import Block, Family, InputError
-from .modeling import attention_branch, mlp_branch, part, returns_tuple
-from .pca import Covariance
+from slicing.batches import first_batch, windows_at_once
+from slicing.families import Block, Family, InputError
+from slicing.modeling import attention_branch, mlp_branch, part, returns_tuple
+from slicing.pca import Covariance
 
 Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Tensor, Any, Any], torch.Tensor]  # stream (B, S, D), a layer's args and kwargs -> stream

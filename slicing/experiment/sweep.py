@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import provenance
-from .bench import Bench
-from .families import InputError
-from .labels import text_name
-from .loading import resolve_device
-from .options import REDUNDANCY_SPLIT, Checked, Options, Target
-from .ranks import Ranks
-from .results import Point, Results, best_dynamic_point, dense_point
-from .rotation import sliced_parameters
-from .search import golden_section, nearest
-from .store import RunFolder, content_key
+from slicing.experiment import identity
+from slicing.experiment.measure import Bench
+from slicing.experiment.minimum import golden_section, nearest
+from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Options, Target
+from slicing.experiment.ranks import Ranks
+from slicing.experiment.results import Point, Results, best_dynamic_point, dense_point
+from slicing.experiment.store import RunFolder, content_key
+from slicing.families import InputError
+from slicing.loading import resolve_device
+from slicing.report.labels import text_name
+from slicing.rotation import sliced_parameters
 
 BASE_TOLERANCE = 0.005  # of --find-base
 _SHARED_FOLDER_DELAY = 90.0  # seconds until a file that one machine wrote must show on another
@@ -160,7 +160,7 @@ class Experiment:
         key = self.bench.redundancy_key(windows)
         found: dict[str, Any] | None = self.folder.take_over("redundancy", key)
         if found is None:
-            data = provenance.text_entry(self.options.source_for_vector, REDUNDANCY_SPLIT, windows)
+            data = identity.text_entry(self.options.source_for_vector, REDUNDANCY_SPLIT, windows)
             found = self.bench.redundancy(windows) | {"data": data}
             self.folder.write("redundancy", key, found)
         return found
@@ -193,7 +193,7 @@ class Experiment:
 
         with tqdm(desc="search", unit="trial", initial=len(trials), disable=not self.progress) as bar:
             base = golden_section(trial, 0.0, mean, BASE_TOLERANCE)
-        data = provenance.text_entry(self.options.dataset, "validation", windows)
+        data = identity.text_entry(self.options.dataset, "validation", windows)
         return {"base": base, "data": data, "trials": trials}
 
     def _equal_size(self, vector: list[float]) -> Target | None:

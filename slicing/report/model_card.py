@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
-from .loading import DEMO, local_path
+from slicing.files import replacing
+from slicing.loading import DEMO, local_path
 
 _TEMPLATE = """\
 ---

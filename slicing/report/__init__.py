@@ -1,0 +1,1 @@
+"""Tables, plots and model cards, made from the results of runs alone."""
