@@ -6,30 +6,26 @@ as soon as the basis of the next layer is known.
 """
 
 import copy
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.bases import Bases, Basis, find_bases
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream, copy_of
-from slicing.families import Block, Family, InputError, find_family
+from slicing.families import Family, InputError, find_family
 from slicing.modeling import (
     SlicedConfig,
     SlicedForCausalLM,
     SlicedLayer,
     count_parameters,
     find_block,
-    input_axis,
-    matrix,
     part,
     slice_modules,
 )
+from slicing.weights import LayerWriter, fill, gained_biases
 
 
 @torch.no_grad()
@@ -77,7 +73,7 @@ def slice_with_bases(
     def leading(basis: torch.Tensor, width: int) -> Basis:
         if width == hidden_size:
             return None
-        return basis[:, :width].to(slicer.work_device).double()
+        return basis[:, :width].to(slicer.writer.device).double()
 
     def chosen() -> Iterator[tuple[Basis, Basis]]:
         for basis, middle, width in zip(bases.inputs, bases.middles, widths, strict=True):
@@ -95,9 +91,8 @@ class _Slicer:
         self.model = model
         self.rotations = rotations
         self.layers = part(model, self.family.layers)
-        self.hidden_size: int = model.config.hidden_size
         self.device = torch.device(device or next(self.layers.parameters()).device)
-        self.work_device = torch.device("cpu") if self.device.type == "mps" else self.device  # no fp64 on mps
+        self.writer = LayerWriter(self.family, model.config.hidden_size, self.device)
         self.sliced = _skeleton(model, self.family, widths, rotations)
 
     def slice(self, bases: Iterator[tuple[Basis, Basis]], progress: bool) -> SlicedForCausalLM:
@@ -108,99 +103,22 @@ class _Slicer:
             if previous is None:
                 self._write_embedding(pair[0], sliced_layers[0])
             else:
-                self._write_layer(index - 1, sliced_layers[index - 1], *previous, pair[0])
+                self.writer.write(self.layers[index - 1], sliced_layers[index - 1], *previous, pair[0])
             previous = pair
         assert previous is not None
-        self._write_layer(len(self.layers) - 1, sliced_layers[-1], *previous, None)
+        self.writer.write(self.layers[-1], sliced_layers[-1], *previous, None)
         return self.sliced
 
     def _write_embedding(self, basis: Basis, first: SlicedLayer) -> None:
         if basis is None:
             return
         if first.embedding_projection is not None:
-            _fill(first.embedding_projection.weight, basis.T)
+            fill(first.embedding_projection.weight, basis.T)
             return
         for path in self.family.tables:
             dense, sliced = part(self.model, path).weight, part(self.sliced.model, path).weight
             for rows, target in zip(torch.split(dense, 16384), torch.split(sliced, 16384), strict=True):
-                _fill(target, self._fp64(rows) @ basis)
-
-    def _write_layer(self, index: int, sliced: SlicedLayer, basis: Basis, middle: Basis, following: Basis) -> None:
-        dense, block = self.layers[index], sliced.block
-        mlp_basis = basis if sliced.parallel else middle
-        self._write_readers(dense, sliced, block.attention_norm, block.attention_in, basis, 0)
-        self._write_readers(dense, sliced, block.mlp_norm, block.mlp_in, mlp_basis, sliced.mlp_width)
-        self._write_writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
-        for path in block.mlp_out:
-            self._write_writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
-        if sliced.attn_shortcut is not None and basis is not None and middle is not None:
-            _fill(sliced.attn_shortcut.weight, middle.T @ basis)
-        if sliced.mlp_shortcut is not None:
-            _fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following))
-
-    def _write_readers(
-        self, dense: nn.Module, sliced: nn.Module, norm_path: str, paths: tuple[str, ...], basis: Basis, width: int
-    ) -> None:
-        """W diag(norm weight) E sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
-        if basis is None:
-            return
-        norm: Any = part(dense, norm_path)
-        rotation = basis * math.sqrt(self.hidden_size / basis.shape[1])
-        if getattr(norm, "weight", None) is not None:
-            rotation = rotation * (self._fp64(norm.weight) + self.family.norm_offset)[:, None]
-        rotation = _padded(rotation, width)
-        shift = getattr(norm, "bias", None)
-        for path in paths:
-            owner, name = matrix(dense, path)
-            target, _ = matrix(sliced, path)
-            axis = input_axis(owner)
-            for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
-                wide = self._fp64(weight)
-                _fill(filled, wide @ rotation if axis == -1 else rotation.T @ wide)
-                if getattr(target, "bias", None) is not None:
-                    bias = torch.zeros_like(rotation[0, 0]) if owner.bias is None else self._fp64(owner.bias)
-                    if shift is not None:
-                        bias = bias + (wide @ self._fp64(shift) if axis == -1 else self._fp64(shift) @ wide)
-                    _fill(target.bias, bias)
-
-    def _write_writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis, width: int) -> None:
-        """E^T W, and E^T b where there is a bias."""
-        if basis is None:
-            return
-        basis = _padded(basis, width)
-        owner, name = matrix(dense, path)
-        target, _ = matrix(sliced, path)
-        for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
-            wide = self._fp64(weight)
-            _fill(filled, basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
-        if getattr(owner, "bias", None) is not None:
-            _fill(target.bias, basis.T @ self._fp64(owner.bias))
-
-    def _fp64(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.detach().to(self.work_device).double()
-
-
-def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Cast before the copy: on another device fp64 numbers would take four times as long to get there."""
-    target.copy_(value.to(target.dtype))
-
-
-def _shortcut(source: Basis, target: Basis) -> torch.Tensor:
-    """E^T F as a linear layer's weight (d of F, d of E); None is the identity."""
-    if source is None or target is None:
-        basis = target.T if source is None and target is not None else source
-        assert basis is not None
-        return basis
-    return target.T @ source
-
-
-def _padded(basis: torch.Tensor, width: int) -> torch.Tensor:
-    return nn.functional.pad(basis, (0, width - basis.shape[1])) if width > basis.shape[1] else basis
-
-
-def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The matrix pairs of a weight: one, or one an expert."""
-    return iter([(dense, sliced)] if dense.ndim == 2 else zip(dense, sliced, strict=True))
+                fill(target, self.writer.fp64(rows) @ basis)
 
 
 def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int) -> int:
@@ -217,7 +135,7 @@ def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], ro
         text_config=text_config,
         widths=list(widths),
         rotations=rotations,
-        gained_biases=_gained_biases(first, find_block(first, family)),
+        gained_biases=gained_biases(first, find_block(first, family)),
         dtype=next(model.parameters()).dtype,
     )
     for choice in ("_attn_implementation", "_experts_implementation"):  # a new outer config resets them
@@ -242,12 +160,3 @@ def _is_tied(model: PreTrainedModel) -> bool:
     if head is None:
         raise InputError(f"{type(model).__name__} has no head: load it as a causal LM")
     return head.weight is model.get_input_embeddings().weight
-
-
-def _gained_biases(layer: nn.Module, block: Block) -> list[str]:
-    """The linear layers without a bias that read a norm with one."""
-    gained: list[str] = []
-    for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, block.mlp_in)):
-        if getattr(part(layer, norm), "bias", None) is not None:
-            gained += [path for path in paths if part(layer, path).bias is None]
-    return gained

@@ -24,7 +24,7 @@ from timing import Table, machine, plain_forward, print_heading, timed, timed_pa
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicing import bases, pca, rotation
+from slicing import bases, pca, rotation, weights
 from slicing.bases import dense_bases
 from slicing.files import write_json
 from slicing.likelihood import window_nll
@@ -36,7 +36,7 @@ WARM_UP = 8  # windows
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "covariances": [(pca.Covariance, "add")],
     "eigenvectors": [(bases, "leading_eigenvectors")],
-    "weights": [(rotation._Slicer, "_write_embedding"), (rotation._Slicer, "_write_layer")],
+    "weights": [(rotation._Slicer, "_write_embedding"), (weights.LayerWriter, "write")],
 }
 REST = "forward, all else"
 

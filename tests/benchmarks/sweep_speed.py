@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/sweep_speed.py --shape 7b --json sweep.json
     PYTHONPATH=. python tests/benchmarks/sweep_speed.py --shape 7b --calibration once
 
-The calls are those of slicing/experiment/sweep.py, on random tokens and with the published vector. Nothing is warmed up: the
-total is what a sweep takes once the model is loaded.
+The calls are those of slicing/experiment/sweep.py, on random tokens and with the published vector. Nothing is warmed
+up: the total is what a sweep takes once the model is loaded.
 """
 
 import gc

@@ -1,0 +1,109 @@
+"""A sliced layer's weights, from the dense layer's and the bases of the stream (SliceGPT, section 3)."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicing.bases import Basis
+from slicing.families import Block, Family
+from slicing.modeling import SlicedLayer, input_axis, matrix, part
+
+
+class LayerWriter:
+    """Rotates the weights of a family's layers in fp64, on a device (the CPU where that has no fp64)."""
+
+    def __init__(self, family: Family, hidden_size: int, device: torch.device) -> None:
+        self.family = family
+        self.hidden_size = hidden_size
+        self.device = torch.device("cpu") if device.type == "mps" else device
+
+    def write(self, dense: nn.Module, sliced: SlicedLayer, basis: Basis, middle: Basis, following: Basis) -> None:
+        """Fill in a sliced layer that reads the stream in `basis`, its MLP in `middle`, and writes in `following`."""
+        block = sliced.block
+        mlp_basis = basis if sliced.parallel else middle
+        self._readers(dense, sliced, block.attention_norm, block.attention_in, basis, 0)
+        self._readers(dense, sliced, block.mlp_norm, block.mlp_in, mlp_basis, sliced.mlp_width)
+        self._writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
+        for path in block.mlp_out:
+            self._writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
+        if sliced.attn_shortcut is not None and basis is not None and middle is not None:
+            fill(sliced.attn_shortcut.weight, middle.T @ basis)
+        if sliced.mlp_shortcut is not None:
+            fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following))
+
+    def _readers(
+        self, dense: nn.Module, sliced: nn.Module, norm_path: str, paths: tuple[str, ...], basis: Basis, width: int
+    ) -> None:
+        """W diag(norm weight) E sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
+        if basis is None:
+            return
+        norm: Any = part(dense, norm_path)
+        rotation = basis * math.sqrt(self.hidden_size / basis.shape[1])
+        if getattr(norm, "weight", None) is not None:
+            rotation = rotation * (self.fp64(norm.weight) + self.family.norm_offset)[:, None]
+        rotation = _padded(rotation, width)
+        shift = getattr(norm, "bias", None)
+        for path in paths:
+            owner, name = matrix(dense, path)
+            target, _ = matrix(sliced, path)
+            axis = input_axis(owner)
+            for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
+                wide = self.fp64(weight)
+                fill(filled, wide @ rotation if axis == -1 else rotation.T @ wide)
+                if getattr(target, "bias", None) is not None:
+                    bias = torch.zeros_like(rotation[0, 0]) if owner.bias is None else self.fp64(owner.bias)
+                    if shift is not None:
+                        bias = bias + (wide @ self.fp64(shift) if axis == -1 else self.fp64(shift) @ wide)
+                    fill(target.bias, bias)
+
+    def _writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis, width: int) -> None:
+        """E^T W, and E^T b where there is a bias."""
+        if basis is None:
+            return
+        basis = _padded(basis, width)
+        owner, name = matrix(dense, path)
+        target, _ = matrix(sliced, path)
+        for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
+            wide = self.fp64(weight)
+            fill(filled, basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
+        if getattr(owner, "bias", None) is not None:
+            fill(target.bias, basis.T @ self.fp64(owner.bias))
+
+    def fp64(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight in fp64, where the products run."""
+        return weight.detach().to(self.device).double()
+
+
+def fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Cast before the copy: on another device fp64 numbers would take four times as long to get there."""
+    target.copy_(value.to(target.dtype))
+
+
+def _shortcut(source: Basis, target: Basis) -> torch.Tensor:
+    """E^T F as a linear layer's weight (d of F, d of E); None is the identity."""
+    if source is None or target is None:
+        basis = target.T if source is None and target is not None else source
+        assert basis is not None
+        return basis
+    return target.T @ source
+
+
+def _padded(basis: torch.Tensor, width: int) -> torch.Tensor:
+    return nn.functional.pad(basis, (0, width - basis.shape[1])) if width > basis.shape[1] else basis
+
+
+def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The matrix pairs of a weight: one, or one an expert."""
+    return iter([(dense, sliced)] if dense.ndim == 2 else zip(dense, sliced, strict=True))
+
+
+def gained_biases(layer: nn.Module, block: Block) -> list[str]:
+    """The linear layers without a bias that read a norm with one."""
+    gained: list[str] = []
+    for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, block.mlp_in)):
+        if getattr(part(layer, norm), "bias", None) is not None:
+            gained += [path for path in paths if part(layer, path).bias is None]
+    return gained
