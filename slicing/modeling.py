@@ -16,7 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .families import Block, Family, find_family
+from .families import Block, Family, InputError, find_family
 
 
 class SlicedConfig(PretrainedConfig):  # type: ignore[misc]
@@ -244,16 +244,17 @@ def input_axis(owner: nn.Module) -> int:
 
 
 def find_block(layer: nn.Module, family: Family) -> Block:
-    """The first layout whose every name the layer has; ValueError that names what the last one misses."""
+    """The first layout whose every name the layer has; InputError that names what the last one misses."""
     missing: list[str] = []
     for block in family.blocks:
-        missing = [path for path in block.paths() if not _has(layer, path)]
+        missing = [path for path in block.paths() if not has(layer, path)]
         if not missing:
             return block
-    raise ValueError(f"{type(layer).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
+    raise InputError(f"{type(layer).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
 
 
-def _has(layer: Any, path: str) -> bool:
+def has(layer: Any, path: str) -> bool:
+    """Whether there is something at a dotted path."""
     return reduce(lambda found, name: getattr(found, name, None), path.split("."), layer) is not None
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from slicing.bases import Bases, Basis, find_bases
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream, copy_of
+from slicing.check import check_classes, check_layers, check_names
 from slicing.families import Family, InputError, find_family
 from slicing.modeling import (
     SlicedConfig,
@@ -49,7 +50,8 @@ def rotate_and_slice(
     batch_size: windows run at once; None chooses by the device.
     device: where the layers run; other than the model's, a layer at a time is copied there.
     progress: show a bar over the layers on stderr.
-    Raises InputError for a family that can't be sliced and for activations that are not finite.
+    Raises InputError for a family that can't be sliced, a layer that does not compute what its row says (check.py) and
+    activations that are not finite. The sliced model's `check_seconds` says how long the check took.
     """
     slicer = _Slicer(model, widths, rotations, device)
     with evaluation_mode(model):
@@ -88,12 +90,15 @@ class _Slicer:
 
     def __init__(self, model: PreTrainedModel, widths: list[int], rotations: int, device: torch.device | None) -> None:
         self.family = find_family(model.config)
+        check_names(model, self.family)
         self.model = model
         self.rotations = rotations
         self.layers = part(model, self.family.layers)
         self.device = torch.device(device or next(self.layers.parameters()).device)
         self.writer = LayerWriter(self.family, model.config.hidden_size, self.device)
+        seconds = check_layers(model, self.family, self.device)
         self.sliced = _skeleton(model, self.family, widths, rotations)
+        self.sliced.check_seconds = seconds
 
     def slice(self, bases: Iterator[tuple[Basis, Basis]], progress: bool) -> SlicedForCausalLM:
         """Fill in each layer as soon as the basis of the next one is known."""
@@ -148,6 +153,7 @@ def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotatio
     config = _sliced_config(model, family, widths, rotations)
     with torch.device("meta"):
         sliced = SlicedForCausalLM(config)
+    check_classes(model, sliced.model)
     sliced.model = copy_of(model, known={id(model.config): config.text_config})
     slice_modules(sliced.model, config)
     sliced.generation_config = copy.deepcopy(model.generation_config)

@@ -93,15 +93,16 @@ def test_a_row_that_names_a_missing_module_is_found(field, value, monkeypatch):
     block = replace(FAMILIES["llama"].blocks[0], **{field: value})
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], blocks=(block,)))
     missing = value[-1] if isinstance(value, tuple) else value
-    with pytest.raises(ValueError, match=f"LlamaDecoderLayer has no {missing}: the row in families.py doesn't fit"):
+    with pytest.raises(InputError, match=f"LlamaDecoderLayer has no {missing}: the row in families.py doesn't fit"):
         rotate_and_slice(random_model("llama"), windows(), [16] * LAYERS)
 
 
 @pytest.mark.parametrize(("field", "value"), [("layers", "model.gone"), ("tables", ("model.gone",))])
 def test_a_row_with_wrong_layers_or_tables_is_found(field, value, monkeypatch):
+    model = random_model("llama")
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], **{field: value}))
-    with pytest.raises(AttributeError, match="gone"):
-        rotate_and_slice(random_model("llama"), windows(), [16] * LAYERS)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has no model.gone: the row in families.py doesn't fit"):
+        rotate_and_slice(model, windows(), [16] * LAYERS)
 
 
 def test_every_family_is_one_that_transformers_knows():

@@ -1,0 +1,252 @@
+"""The self-check: a layer sliced as its row says, against the family's own forward.
+
+A row only names modules; that a layer computes x + A(norm(x)), then h + M(norm(h)), is a claim about its code. Here it
+is tried, before a slicing, on each layout of layer that a model has: a copy whose writers are projected into a subspace
+of r directions loses nothing where it is sliced to width r, so both must give the same numbers.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slicing.batches import evaluation_mode
+from slicing.calibration import Stream
+from slicing.families import Block, Family, InputError
+from slicing.modeling import SlicedConfig, find_block, has, input_axis, matrix, part, sliced_layer_class
+from slicing.weights import LayerWriter, gained_biases
+
+TOLERANCE = 1e-3  # relative; a right row is off by some 1e-6 in fp32, a wrong one by 1e-2 or more
+SMALL = 3e-3  # root mean square of the second input: its square is of the size of a norm's eps
+RANK = 24  # directions of the input; the output has five more, so that padding and shortcuts take part
+TOKENS = 9
+SEEDS = (0, 1)  # a token on the border between two experts may go either way: a wrong row fails with both
+
+_passed: set[Any] = set()  # layouts of this process that passed: a sweep slices one model again and again
+
+
+def check_names(model: PreTrainedModel, family: Family) -> None:
+    """Raise InputError where a causal LM lacks the layers or the tables of its family's row."""
+    missing = [path for path in (family.layers, *family.tables) if not has(model, path)]
+    if missing:
+        raise InputError(f"{type(model).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
+
+
+@torch.no_grad()
+def check_layers(model: PreTrainedModel, family: Family, device: torch.device) -> float:
+    """Check every layout of layer of a causal LM against its family's row; the seconds that it took.
+
+    device: where the layers are checked, in fp32 or better, one at a time; the model is left as it was.
+    It does not see dropout, nor what layers hand to one another.
+    Raises InputError that names layer, class and error where a sliced layer computes something else.
+    """
+    start = time.perf_counter()
+    layers = part(model, family.layers)
+    distinct: dict[Any, int] = {}
+    for index, layer in enumerate(layers):
+        distinct.setdefault(_layout(layer, find_block(layer, family)), index)
+    whole = (family, model.config.to_json_string(), device)
+    new = {layout: index for layout, index in distinct.items() if (layout, whole) not in _passed}
+    if new:
+        table = model.get_input_embeddings().weight
+        ids = torch.randint(table.shape[0], (1, TOKENS), generator=torch.Generator().manual_seed(SEEDS[0]))
+        with evaluation_mode(model), _exact_products():
+            stream = Stream(model, family, ids, 1, device)
+            for layout, index in new.items():
+                error = _layer_error(model, family, index, stream)
+                if not error <= TOLERANCE:
+                    raise _refusal(model, layers[index], index, f"is off by {error:.2g} ({TOLERANCE:g} is allowed)")
+                _passed.add((layout, whole))
+    return time.perf_counter() - start
+
+
+def check_classes(model: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
+    """Raise InputError where a model has other classes than what Transformers builds of its config, as loading does.
+
+    rebuilt: that model, its layers sliced.
+    """
+    built = dict(rebuilt.named_modules())
+    for name, module in model.named_modules():
+        other = built.get(name)
+        stock = getattr(other, "dense_class", type(other))
+        if stock is not type(module) and not isinstance(other, nn.RMSNorm):  # a sliced LayerNorm
+            raise InputError(
+                f"can't slice this {model.config.model_type!r} model: its {name or 'class'} is {type(module).__name__},"
+                f" Transformers' own {stock.__name__}: what is saved would load as another model"
+            )
+
+
+def _refusal(model: PreTrainedModel, layer: nn.Module, index: int, what: str) -> InputError:
+    return InputError(
+        f"can't slice this {model.config.model_type!r} model: its layer {index} ({type(layer).__name__}) does not"
+        f" compute what the row in families.py says: sliced without loss it {what}"
+    )
+
+
+def _layout(layer: nn.Module, block: Block) -> Any:
+    """What distinguishes layers that are to be checked apart: classes and their code, shapes, and the numbers of the
+    layer and its norms (a scale, an eps), but not the layer's index."""
+    modules = [(name, type(module), getattr(type(module), "forward", None)) for name, module in layer.named_modules()]
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
+    numbers = [
+        (path, name, value)
+        for path in ("", block.attention_norm, block.mlp_norm)
+        for name, value in vars(part(layer, path) if path else layer).items()
+        if isinstance(value, bool | float | str)
+    ]
+    return block, tuple(modules), tuple(shapes), tuple(numbers)
+
+
+def _layer_error(model: PreTrainedModel, family: Family, index: int, stream: Stream) -> float:
+    """The relative error of a layer, the smaller one of two draws."""
+    layer = part(model, family.layers)[index]
+    error = math.inf
+    try:
+        for seed in SEEDS:
+            error = min(error, _Trial(model, family, layer, index, stream, seed).error())
+            if error <= TOLERANCE:
+                break
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as wrong:
+        reason = " ".join(str(wrong).split())[:200]
+        raise _refusal(model, layer, index, f"ends with {type(wrong).__name__}: {reason}") from wrong
+    return error
+
+
+class _Trial:
+    """One layer between bases of random directions: F of the output, and E and M, which span r of them."""
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, layer: nn.Module, index: int, stream: Stream, seed: int
+    ) -> None:
+        self.family, self.seed = family, seed
+        self.hidden_size = stream.buffer.shape[-1]
+        self.dense = _copy(layer, stream.device)
+        self.like = next(self.dense.parameters())
+        self.call = _cast(stream.calls[1][index], self.like.dtype)
+        self.size = stream.buffer.double().square().mean().sqrt().item()
+        writer = LayerWriter(family, self.hidden_size, stream.device)
+        rank = min(RANK, self.hidden_size // 2)
+        wide = min(rank + 5, self.hidden_size - 1)
+        self.span = self._orthonormal(self.hidden_size, wide, centred=family.layer_norm).to(writer.device)
+        within = self.span[:, :rank]
+        self.basis = within @ self._orthonormal(rank, rank).to(writer.device)
+        middle = within @ self._orthonormal(rank, rank).to(writer.device)
+        self.following = self.span @ self._orthonormal(wide, wide).to(writer.device)
+        config = SlicedConfig(
+            text_config=copy.deepcopy(model.config),
+            widths=[rank, wide, *[self.hidden_size] * model.config.num_hidden_layers][: model.config.num_hidden_layers],
+            gained_biases=gained_biases(self.dense, find_block(self.dense, family)),
+        )
+        dense_class: Any = type(layer)
+        self.sliced = sliced_layer_class(dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
+        writer.write(self.dense, self.sliced, self.basis, middle, self.following)
+
+    def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
+        """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""
+        self.seed += len(SEEDS)
+        directions = _random(rows, columns, seed=self.seed)
+        if centred:
+            directions -= directions.mean(0)
+        basis: torch.Tensor = torch.linalg.qr(directions).Q
+        return basis
+
+    def error(self) -> float:
+        """The largest relative error over two sizes of the input, of the part within F and the part outside."""
+        self._check_norms()
+        rank = self.basis.shape[1]
+        unit = _random(1, TOKENS, rank, seed=self.seed) * math.sqrt(self.hidden_size / rank)
+        states = [(unit * size).to(self.like) for size in (self.size, SMALL)]
+        args, kwargs = self.call
+        found = [_hidden(self.sliced(state, *args, **kwargs)) for state in states]
+        self._project_writers()
+        basis, following = self.basis.to(self.like), self.following.to(self.like)
+        errors = [0.0]
+        for state, given in zip(states, found, strict=True):
+            wanted = _hidden(self.dense(state @ basis.T, *args, **kwargs))
+            if bool(wanted.isfinite().all()):  # else the weights are bad: the calibration says so
+                errors += [_relative(given @ following.T, wanted)]
+        return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+    def _project_writers(self) -> None:
+        """Let the dense layer write in the span of M (attention) and of F (the MLP) only."""
+        block = self.sliced.block
+        rank = self.basis.shape[1]
+        for path in (block.attention_out, *block.mlp_out):
+            span = self.span if self.sliced.parallel or path in block.mlp_out else self.span[:, :rank]
+            projection = (span @ span.T).to(self.like)
+            owner, name = matrix(self.dense, path)
+            weight = getattr(owner, name)
+            projected = projection @ weight if input_axis(owner) == -1 else weight @ projection
+            setattr(owner, name, nn.Parameter(projected, requires_grad=False))
+            if getattr(owner, "bias", None) is not None:
+                owner.bias = nn.Parameter(owner.bias @ projection, requires_grad=False)
+
+    def _check_norms(self) -> None:
+        """A LayerNorm centres, and the row must say so: the ones vector is dropped from its bases alone."""
+        for path in {self.sliced.block.attention_norm, self.sliced.block.mlp_norm}:
+            norm = part(self.dense, path)
+            state = _random(1, TOKENS, self.hidden_size, seed=self.seed).to(self.like)
+            centres = _relative(norm(state + 1), norm(state)) < TOLERANCE
+            if centres != self.family.layer_norm:
+                does = "centres" if centres else "does not centre"
+                raise ValueError(f"its norm {path} {does}, the row's layer_norm is {self.family.layer_norm}")
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _copy(layer: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in fp32 or better on the device, with kernels that have this; tensors that are so already are shared."""
+    memo: dict[int, Any] = {}
+    for parameter in layer.parameters():
+        moved = _cast(parameter.detach().to(device), torch.promote_types(parameter.dtype, torch.float32))
+        memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+    memo |= {id(buffer): buffer.detach().to(device) for buffer in layer.buffers()}
+    for module in layer.modules():
+        config = vars(module).get("config")
+        if config is not None and id(config) not in memo:
+            memo[id(config)] = copy.deepcopy(config)
+            if "flash" in (config._attn_implementation or ""):
+                memo[id(config)]._attn_implementation = "sdpa"
+            memo[id(config)]._experts_implementation = "eager"
+    return copy.deepcopy(layer, memo)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors in a dtype, also in tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """While this lasts, products of fp32 matrices are not rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

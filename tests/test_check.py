@@ -1,0 +1,139 @@
+"""A wrong row, or a layer that computes something else than its row says, is found before anything is sliced."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import CASES, LAYERS, family_of, random_model, windows
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+
+from slicing import check
+from slicing.check import TOLERANCE, check_layers
+from slicing.families import FAMILIES, Family, InputError
+from slicing.modeling import part
+from slicing.rotation import rotate_and_slice
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_passed(monkeypatch):
+    monkeypatch.setattr(check, "_passed", set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_right_rows_are_right_to_rounding(case, dtype, monkeypatch):
+    monkeypatch.setattr(check, "TOLERANCE", 1e-5)
+    assert check_layers(random_model(case, dtype=dtype), family_of(case), CPU) > 0
+
+
+def broken(case: str, block: dict[str, object] | None = None, **fields: object) -> tuple[str, Family]:
+    """A case, and its row with other names in its first layout or other fields."""
+    first, *others = family_of(case).blocks
+    return case, replace(family_of(case), blocks=(replace(first, **(block or {})), *others), **fields)
+
+
+BROKEN = {
+    "offset of the norms forgotten": broken("gemma", norm_offset=0.0),
+    "offset where there is none": broken("llama", norm_offset=1.0),
+    "eps of another size": broken("olmo", norm_eps=1e-3),
+    "eps under another name": broken("qwen3", norm_eps="eps"),
+    "reader of attention missing": broken("llama", {"attention_in": ("self_attn.q_proj", "self_attn.k_proj")}),
+    "reader of the MLP missing": broken("mistral", {"mlp_in": ("mlp.gate_proj",)}),
+    "router missing": broken("mixtral", {"mlp_in": ("mlp.experts.gate_up_proj",)}),
+    "writer of attention wrong": broken("llama", {"attention_out": "self_attn.q_proj"}),
+    "writer of the MLP wrong": broken("llama", {"mlp_out": ("mlp.up_proj",)}),
+    "one writer of two missing": broken("qwen2_moe", {"mlp_out": ("mlp.experts.down_proj",)}),
+    "norms swapped": broken("llama", {"attention_norm": "post_attention_layernorm", "mlp_norm": "input_layernorm"}),
+    "one norm for both": broken("llama", {"mlp_norm": "input_layernorm"}),
+    "one norm for both LayerNorms": broken("falcon-sequential", {"mlp_norm": "input_layernorm"}),
+    "scale of the branches forgotten": broken("granite", {"scale": None}),
+    "activation forgotten": broken("opt", {"mlp": ("fc1", "fc2")}),
+    "modules of the MLP in another order": broken("opt", {"mlp": ("activation_fn", "fc1", "fc2")}),
+    "no mixture of experts": broken("mixtral", {"experts": False}),
+    "sequential where it is parallel": broken("gptj", {"parallel": False}),
+    "parallel where it is sequential": broken("llama", {"parallel": True}),
+    "RMSNorm taken for LayerNorm": broken("llama", layer_norm=True),
+    "LayerNorm taken for RMSNorm": broken("opt", layer_norm=False),
+    "LayerNorm without parameters taken for RMSNorm": broken("olmo", layer_norm=False),
+}
+
+
+@pytest.mark.parametrize("case_and_row", BROKEN.values(), ids=BROKEN)
+def test_a_wrong_row_is_found(case_and_row):
+    case, row = case_and_row
+    with pytest.raises(InputError) as found:
+        check_layers(random_model(case), row, CPU)
+    message = str(found.value)
+    assert message.startswith(f"can't slice this {CASES[case][0]!r} model: ")
+    assert "layer 0 (" in message or "DecoderLayer has no " in message
+    assert "\n" not in message
+
+
+class Quarter(LlamaDecoderLayer):
+    """Code that says `model_type: llama` and computes something else."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states + 0.25 * (super().forward(hidden_states, *args, **kwargs) - hidden_states)
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    """A class of a checkpoint's own."""
+
+
+class OwnMLP(LlamaMLP):
+    """The same numbers, but not the class that loading builds."""
+
+
+def test_a_layer_that_computes_something_else_is_refused_with_its_index_class_and_error():
+    model = random_model("llama")
+    model.model.layers[1].__class__ = Quarter
+    with pytest.raises(InputError, match=r"its layer 1 \(Quarter\) does not compute .* is off by [\d.]+ \(0\.001 is"):
+        rotate_and_slice(model, windows(), [16] * LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("path", "own"), [("", OwnForCausalLM), ("model.layers.2.mlp", OwnMLP)], ids=["model", "module of a layer"]
+)
+def test_classes_that_loading_would_not_build_are_refused(path, own):
+    model = random_model("llama")
+    model.get_submodule(path).__class__ = own
+    with pytest.raises(
+        InputError, match=f"its {path or 'class'} is {own.__name__}, Transformers' own {own.__base__.__name__}"
+    ):
+        rotate_and_slice(model, windows(), [16] * LAYERS)
+
+
+def test_layers_of_other_code_shapes_or_numbers_are_checked_apart_and_once_a_process(monkeypatch):
+    checked: list[int] = []
+    measured = check._layer_error
+    monkeypatch.setattr(check, "_layer_error", lambda *args: checked.append(args[2]) or measured(*args))
+    model = random_model("qwen3_moe")  # layer 1 has no experts
+    family = FAMILIES["qwen3_moe"]
+    check_layers(model, family, CPU)
+    check_layers(model, family, CPU)
+    assert checked == [0, 1]
+    part(model, family.layers)[2].input_layernorm.variance_epsilon *= 2
+    check_layers(model, family, CPU)
+    assert checked == [0, 1, 2]
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda self, x, **kwargs: x)
+    with pytest.raises(InputError, match="its layer 0 "):
+        check_layers(model, family, CPU)
+
+
+def test_the_check_leaves_the_model_as_it_was_and_its_seconds_stand_in_the_sliced_model():
+    model = random_model("mixtral", dtype=torch.float32).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sliced = rotate_and_slice(model, windows(2), [16] * LAYERS)
+    assert 0 < sliced.check_seconds < 60
+    assert all(module.training for module in model.modules())
+    assert model.config._experts_implementation == "eager"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_left_to_the_calibration():
+    model = random_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    assert check_layers(model, FAMILIES["llama"], CPU) > 0
+    assert TOLERANCE < 1e-2
