@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slicing.families import InputError
+from slicing.files import local_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,16 +62,6 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {str(dtype)!r}; known are auto, {', '.join(DTYPES)}")
     return DTYPES[str(dtype)]
-
-
-def local_path(name: str) -> Path:
-    """A name as a path, with `~` the home folder. Raises InputError for one that no file or folder can have."""
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # too long; a user that is not there
-        raise InputError(f"{name[:80]!r} can't be a file or folder: {getattr(error, 'strerror', error)}") from error
-    return path
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":

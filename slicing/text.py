@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slicing.families import InputError
-from slicing.loading import local_path
+from slicing.files import local_path
 from slicing.text_files import FILES, file_kind, file_text
 
 if TYPE_CHECKING:

@@ -63,8 +63,8 @@ def _jsonl_documents(path: Path, text: str, column: str) -> list[str]:
         where = f"line {number} of {str(path)!r}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # ValueError also of a number with thousands of digits
+            raise InputError(f"{where} is not JSON: {' '.join(str(error).split())}") from error
         _check_column(where, column, list(row) if isinstance(row, dict) else [])
         documents.append(_checked(where, column, row[column]))
     return documents
@@ -77,11 +77,16 @@ def _parquet_documents(path: Path, column: str) -> list[str]:
     where = f"the text file {str(path)!r}"
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(where, column, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            _check_column(where, column, names)
+            if names.count(column) > 1:
+                raise InputError(
+                    f"{where} has {names.count(column)} columns of the name {column!r}: rename all but one"
+                )
             values = file.read(columns=[column]).column(column).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} can't be read: {error}") from error
-    return [_checked(where, column, value) for value in values]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:  # KeyError: a column of columns
+        raise InputError(f"{where} can't be read: {' '.join(str(error).split())}") from error
+    return [_checked(f"row {row} of {str(path)!r}", column, value) for row, value in enumerate(values, start=1)]
 
 
 def _check_column(where: str, column: str, there: Sequence[str]) -> None:
@@ -94,4 +99,9 @@ def _check_column(where: str, column: str, there: Sequence[str]) -> None:
 def _checked(where: str, column: str, value: object) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where} has {type(value).__name__} in the field {column!r}, not text")
+    try:
+        value.encode("utf-8")  # JSON's escapes can write half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise InputError(f"{where} has {half} in the field {column!r}, half of a character: repair the text") from error
     return value

@@ -3,6 +3,8 @@
 import csv
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -25,7 +27,7 @@ from slicing import count_parameters, load_model, perplexity, rotate_and_slice, 
 from slicing.experiment.measure import Bench
 from slicing.experiment.options import Options, check
 from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error
-from slicing.experiment.store import RunFolder
+from slicing.experiment.store import RunFolder, is_saved_model
 from slicing.experiment.sweep import run_name
 from slicing.report.table import equal_size_summary
 from slicing.rotation import sliced_parameters
@@ -584,6 +586,45 @@ def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
     assert sorted(path.name for path in (folder / "models").iterdir()) == names
     cards = {(folder / "models" / name / "README.md").read_text().count("not measured") for name in names}
     assert cards == {0}
+
+
+def test_two_equal_runs_at_once_end_well_with_the_same_models_and_none_is_without_weights(runs):
+    more = ("--save-model", "all", "--quiet")
+    processes = [runs.start("twice", *more, step=0.15) for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], runs.printed("twice", "stderr")
+    models = runs.found("twice")[0] / "models"
+    names = sorted(path.name for path in models.iterdir())
+    assert len(names) == 3
+    assert not any(name.startswith(".") for name in names)
+    assert all(is_saved_model(models / name) and (models / name / "README.md").exists() for name in names)
+
+    (models / names[0] / "model.safetensors").unlink()
+    runs.run("twice", *more, step=0.15)
+    assert is_saved_model(models / names[0])
+    assert (models / names[0] / "README.md").exists()
+
+
+@pytest.mark.parametrize("which", ["all", "best"])
+def test_a_full_disk_while_a_model_is_saved_costs_no_point(runs, measured, capsys, which):
+    command = runs.arguments(f"full-{which}", "--save-model", which, step=0.3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # Python ignores the signal
+    try:
+        assert script.main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(
+        r"^error: can't save the sliced model as .*File too large.*: make room", capsys.readouterr().err, re.M
+    )
+    before = list(measured)
+    assert before == ["dense", "sweep"] if which == "all" else ["dense", "sweep", "sweep"]
+    folder, _ = runs.found(f"full-{which}")
+    assert list((folder / "models").iterdir()) == []
+    runs.run(f"full-{which}", "--save-model", which, step=0.3)
+    assert measured == ["dense", "sweep", "sweep"]
+    assert all(map(is_saved_model, (folder / "models").iterdir()))
 
 
 # ---- the vector

@@ -1,15 +1,19 @@
 """Files of a run: whole or not there, found again by content alone."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import platform
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from slicing.experiment.results import RESULTS_SCHEMA
-from slicing.experiment.store import RunFolder, content_key, windows_key
+from slicing.experiment.store import RunFolder, content_key, is_saved_model, windows_key
 from slicing.families import InputError
-from slicing.files import write_json
+from slicing.files import _machine, new_folder, read_json, replacing, write_json
 
 _VALUES = {"int": 1, "number": 0.5, "numbers": [], "str": "dense", "object": {}}
 
@@ -65,6 +69,79 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
         write_json(path, {"points": [1, 2]})
     assert json.loads(path.read_text()) == {"points": [1]}
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_what_a_killed_run_had_begun_is_removed_and_what_another_process_writes_is_not(tmp_path):
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f".{_machine()}.{ended.pid}.SB_0.1").mkdir()
+    for name in (f"{_machine()}.{ended.pid}", f"{_machine()}.{os.getpid()}"):
+        (tmp_path / f".{name}.results.json").touch()
+    alive = [f".{_machine()}.{os.getppid()}.results.json", f".another-{platform.node()}.{ended.pid}.a", ".mine"]
+    for name in alive:
+        (tmp_path / name).touch()
+    RunFolder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*alive, "models"])
+    assert os.listdir(tmp_path / "models") == []
+
+
+def test_a_long_name_has_a_possible_name_while_it_is_written(tmp_path):
+    with replacing(tmp_path / f"{'a' * 250}.json") as partial:
+        partial.write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{'a' * 250}.json"]
+
+
+def write_weights(folder, text="mine"):
+    """What `is_saved_model` takes for a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.zeros(8)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(text)
+
+
+def test_of_two_that_write_one_folder_the_first_stays_and_a_part_is_replaced(tmp_path):
+    place = tmp_path / "SB_0.1"
+    with new_folder(place, is_saved_model) as slow:
+        write_weights(slow, "slow")
+        write_weights(place, "fast")
+    assert (place / "config.json").read_text() == "fast"
+    (place / "model.safetensors").unlink()
+    with new_folder(place, is_saved_model) as again:
+        write_weights(again, "again")
+    assert (place / "config.json").read_text() == "again"
+    with contextlib.suppress(KeyError), new_folder(tmp_path / "other", is_saved_model) as broken:
+        write_weights(broken)
+        raise KeyError
+    assert os.listdir(tmp_path) == ["SB_0.1"]
+
+
+def test_a_folder_without_all_of_its_weights_is_no_saved_model(tmp_path):
+    write_weights(tmp_path / "a")
+    assert is_saved_model(tmp_path / "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4])
+    assert not is_saved_model(tmp_path / "a")
+    weights.rename(tmp_path / "a" / "model-1.safetensors")
+    assert not is_saved_model(tmp_path / "a")
+    (tmp_path / "a" / "model-1.safetensors").write_bytes(whole)
+    (tmp_path / "a" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert is_saved_model(tmp_path / "a")
+    (tmp_path / "a" / "model-1.safetensors").unlink()
+    assert not is_saved_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("number", ["1" * 400, "-" + "1" * 400, "1e999", "1" * 5000])
+def test_a_number_beyond_a_double_is_no_number_of_a_file(tmp_path, number):
+    (tmp_path / "a.json").write_text(f'{{"parameters": {number}}}')
+    with pytest.raises(InputError, match=r"a.json is damaged \(.*111.* beyond|a.json is damaged \(1e999 is beyond"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_byte_order_mark_before_json_is_no_damage(tmp_path):
+    (tmp_path / "a.json").write_text('{"normalised": [0, 0.5, 1]}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"normalised": [0, 0.5, 1]}
 
 
 def test_numbers_survive_the_file_bit_for_bit(tmp_path):

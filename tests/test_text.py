@@ -6,6 +6,8 @@ import logging
 import lzma
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -214,6 +216,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
         ("a.parquet", b"not parquet", "can't be read"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 of .* is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"story": "b", "id": 1}', "line 2 of .* has no field 'text' but story, id"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b \\ud800 c"}',
+            r"line 2 of .* has '\\ud800' in the field 'text', half of",
+        ),
+        ("a.jsonl", b'\n{"text": "a", "id": ' + b"1" * 5000 + b"}", "line 2 of .* is not JSON: .* 5000 digits"),
+        ("a.jsonl", b'{"text": "a", "more": ' + b"[" * 100_000, "line 1 of .* is not JSON: .*recursion"),
         ("a.jsonl", b'["a"]', "line 1 of .* has no field 'text' but none"),
         ("a.jsonl", b'{"text": 7}', "has int in the field 'text', not text"),
         ("a.jsonl", b'{"text": null}', "has NoneType in the field 'text', not text"),
@@ -238,8 +247,12 @@ def test_a_missing_file_a_folder_and_a_missing_parquet_column_are_refused(tmp_pa
     path = write_parquet(tmp_path / "a.parquet", {"story": ["a"], "numbers": ["1"]})
     with pytest.raises(InputError, match="has no field 'text' but story, numbers"):
         check_source(str(path), "test")
-    with pytest.raises(InputError, match="has int in the field 'text'"):
+    with pytest.raises(InputError, match=r"row 1 of .* has int in the field 'text'"):
         check_source(str(write_parquet(tmp_path / "b.parquet", {"text": [1]})), "test")
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet' has 2 columns of the name 'text': rename all but one"):
+        check_source(str(tmp_path / "c.parquet"), "test")
 
 
 # Data sets by name

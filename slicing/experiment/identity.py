@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from slicing.experiment.options import Options
-from slicing.loading import DEMO, local_path
+from slicing.files import local_path
+from slicing.loading import DEMO
 
 
 def text_entry(source: str, split: str, windows: torch.Tensor) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from slicing.devices import must_offload, on_devices
 from slicing.experiment import identity
 from slicing.experiment.options import Checked, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
-from slicing.experiment.store import content_key, weights_key, windows_key
+from slicing.experiment.store import content_key, is_saved_model, weights_key, windows_key
 from slicing.families import InputError
+from slicing.files import new_folder
 from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
 from slicing.modeling import count_parameters
@@ -254,12 +254,17 @@ class Bench:
     # ---- models
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Save a sliced model with its tokenizer, in one step."""
-        partial = folder.with_name(f".{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        """Save a sliced model with its tokenizer, in one step; one that another run has saved meanwhile stays."""
+        try:
+            with new_folder(folder, is_saved_model) as partial:
+                model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
+        except Exception as error:  # full disks come as OSError, SafetensorError, and `tokenizers`' bare Exception
+            why = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"can't save the sliced model as {folder} ({why}): make room, and the same command goes on; the points"
+                " measured are kept"
+            ) from error
 
     def write_card(self, point: Point, dense: Point | None, folder: Path) -> None:
         """Write the model card of a saved point."""

@@ -239,7 +239,7 @@ def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
 def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | None]:
     """LR from the command line: a number a layer, or one JSON file that calculate_LR.py --output wrote; and what such a
     file says of it."""
-    if len(given) == 1 and given[0].endswith(".json"):
+    if len(given) == 1 and given[0].lower().endswith(".json"):
         try:
             content = read_json(Path(given[0]))
             if not isinstance(content, dict):

@@ -17,7 +17,7 @@ import torch
 
 from slicing.experiment.results import Results, check_point, check_results, read_results
 from slicing.families import InputError
-from slicing.files import read_json, write_json
+from slicing.files import read_json, remove_abandoned, write_json
 
 
 class RunFolder:
@@ -34,6 +34,8 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            for place in (folder, folder / "points", folder / "models"):
+                remove_abandoned(place)
         except OSError as error:
             raise InputError(f"can't write to {folder} ({error.strerror}): choose another --output-dir") from error
 
@@ -86,7 +88,22 @@ class RunFolder:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for pattern in ("results.*", "redundancy*", "search-*.json", "sweep.png"):
             for file in self.folder.glob(pattern):
-                file.unlink()
+                file.unlink(missing_ok=True)  # two runs may start over at once
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder holds a whole saved model: its config, and all of its weights, as long as they say they are."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = folder / "model.safetensors.index.json"
+        names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for name in names:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        return (folder / "config.json").is_file()
+    except (OSError, SafetensorError, InputError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _content(path: Path, kind: str, key: str) -> Any:

@@ -18,7 +18,7 @@ from slicing.experiment.minimum import golden_section, nearest
 from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Options, Target
 from slicing.experiment.ranks import Ranks
 from slicing.experiment.results import Point, Results, best_dynamic_point, dense_point
-from slicing.experiment.store import RunFolder, content_key
+from slicing.experiment.store import RunFolder, content_key, is_saved_model
 from slicing.families import InputError
 from slicing.loading import resolve_device
 from slicing.report.labels import text_name
@@ -102,13 +102,16 @@ class Experiment:
             self._wait_for_files(lambda: self._report(keys, on_point))
 
     def _point(self, target: Target, key: str) -> None:
-        """Measure and keep a point; save its model before, where all are wanted: a finished point has its model."""
+        """Measure and keep a point; save its model before, where all are wanted: a finished point has its model. Where
+        that fails, the point is kept all the same."""
         point, model = self.bench.point(target, key)
-        if target.widths is not None and self.options.save_model == "all":
-            place = self.folder.model(point["base"], key)
-            if not place.exists():
-                self.bench.save(model, place)
-        self.folder.write("point", key, point)
+        try:
+            if target.widths is not None and self.options.save_model == "all":
+                place = self.folder.model(point["base"], key)
+                if not is_saved_model(place):
+                    self.bench.save(model, place)
+        finally:
+            self.folder.write("point", key, point)
 
     def _wait_for_files(self, are_there: Callable[[], bool]) -> None:
         """Until what other ranks wrote shows on this machine."""
@@ -224,13 +227,13 @@ class Experiment:
             at_mean = [point for point in wanted if point["kind"] != "equal-parameters"]
             wanted = sorted(at_mean, key=lambda point: point["perplexity"])[:1]
         places = [self.folder.model(point["base"], point["key"]) for point in wanted]
-        missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not place.exists()]
+        missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not is_saved_model(place)]
         names = ("kind", "mean", "base", "slices", "widths", "calibration")
         for point, place in self.ranks.share(self.ranks.from_first(missing)):
             self.bench.save(self.bench.sliced(Target(**{name: point[name] for name in names})), place)
         self.ranks.wait()
         if self.ranks.first:
-            self._wait_for_files(lambda: all(place.exists() for place in places))
+            self._wait_for_files(lambda: all(map(is_saved_model, places)))
             for point, place in zip(wanted, places, strict=True):
                 if not (place / "README.md").exists():
                     self.bench.write_card(point, dense_point(self.results), place)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slicing.files import replacing
-from slicing.loading import DEMO, local_path
+from slicing.files import local_path, replacing
+from slicing.loading import DEMO
 
 _TEMPLATE = """\
 ---
@@ -98,7 +98,7 @@ def write_model_card(
     )
     path = Path(folder) / "README.md"
     with replacing(path) as partial:
-        partial.write_text(card, encoding="utf-8")
+        partial.write_text(card, encoding="utf-8", errors="backslashreplace")  # a file's name may be no UTF-8
     return path
 
 
