@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slicing import InputError
-from slicing.command_line import Parser, at_least, check_output, check_seed, exit_code
+from slicing.command_line import Parser, Screen, at_least, check_output, check_seed, exit_code, path
 from slicing.experiment.options import check_positions
 
 
@@ -58,8 +58,13 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--seed", type=int, default=42, help="of the choice of windows (default: 42)")
     add("--revision", help="branch, tag or commit on the hub")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    add("--output", metavar="FILE.json", help="write the vector, cosines and settings; --vector-cut takes this file")
-    add("--plot", metavar="FILE.png", help="draw LR and cosine by layer")
+    add(
+        "--output",
+        type=path,
+        metavar="FILE.json",
+        help="write the vector, cosines and settings; --vector-cut takes this file",
+    )
+    add("--plot", type=path, metavar="FILE.png", help="draw LR and cosine by layer")
     add("--quiet", action="store_true", help="no progress bars")
     given = vars(parser.parse_args(argv))
     given["dataset"] = given["dataset"] or ("demo" if given["model"] == "demo" else "pg19")
@@ -117,14 +122,17 @@ def measure(options: Options) -> None:
     with on_devices(model, device):
         redundancy = layer_redundancy(model, windows, batch_size=options.batch_size, progress=not options.quiet)
     print(redundancy.table(), file=sys.stderr)
-    print(redundancy.line())
+    screen = Screen()
+    screen.show(redundancy.line())
     if options.output:
         data = text_entry(options.dataset, options.split, windows)
         write_json(Path(options.output), redundancy.as_dict() | {"arguments": asdict(options), "data": data})
     if options.plot:
+        from slicing.report.labels import shown
         from slicing.report.plots import plot_layer_redundancy
 
-        plot_layer_redundancy(redundancy.as_dict(), options.model, Path(options.plot))
+        plot_layer_redundancy(redundancy.as_dict(), shown(options.model), Path(options.plot))
+    screen.close()
 
 
 if __name__ == "__main__":

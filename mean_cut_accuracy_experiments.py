@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from slicing.command_line import Parser, exit_code
+from slicing.command_line import Parser, Screen, exit_code, path
 from slicing.experiment.options import Options
 
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--perplexity-samples", type=int, help="the first so many windows only (default: all)")
     add("--tasks", nargs="+", default=(), metavar="TASK", help="lm-eval tasks (default: none, perplexity only)")
     add("--accuracy-limit", type=int, help="first so many documents of each task (default: all)")
-    add("--include-path", metavar="FOLDER", help="folder of lm-eval task files")
+    add("--include-path", type=path, metavar="FOLDER", help="folder of lm-eval task files")
     add("--num-fewshot", type=int, help="examples in the prompt (default: each task's own number)")
     add("--compare", choices=("none", "equal-parameters"), default="none", help="equal-parameters adds the constant"
         " slicing that is as large as the best dynamic point (default: none)")  # fmt: skip
@@ -58,7 +58,13 @@ def parse(argv: Sequence[str] | None) -> Options:
         default="none",
         help="sliced models to keep in the run's folder (default: none)",
     )
-    add("--output-dir", default="results", metavar="FOLDER", help="where the run's folder goes (default: results)")
+    add(
+        "--output-dir",
+        type=path,
+        default="results",
+        metavar="FOLDER",
+        help="where the run's folder goes (default: results)",
+    )
     add("--fresh", action="store_true", help="start over: forget the run's finished points and models, and"
         " take none over from other runs")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
@@ -96,21 +102,23 @@ def sweep(options: Options) -> None:
     from slicing.report.table import equal_size_summary, format_row, header, write_files
 
     experiment = Experiment(checked, ranks)
+    screen = Screen()
     tasks = checked.tasks.names if checked.tasks else []
 
     def print_row(point: dict, results: dict) -> None:
         if point["kind"] == "dense":
-            print(header(results, tasks=tasks))
-        print(format_row(point, results, tasks=tasks), flush=True)
+            screen.show(header(results, tasks=tasks))
+        screen.show(format_row(point, results, tasks=tasks))
 
     results = experiment.run(print_row)
     if ranks.first:
         for line in equal_size_summary(results):
-            print(line)
+            screen.show(line)
         write_files([results], experiment.folder.folder)
         if not options.quiet:
             print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
     ranks.leave()
+    screen.close()
 
 
 if __name__ == "__main__":

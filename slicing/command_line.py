@@ -1,14 +1,18 @@
-"""What the scripts have in common: a parser, exit codes, checks of single values."""
+"""What the scripts have in common: a parser, output to the terminal, exit codes, checks of single values."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from slicing.families import InputError
+from slicing.files import local_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,22 +28,93 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
 
+def path(text: str) -> str:
+    """A path on the command line, `~` expanded: the shell leaves it as it is in --output-dir=~/x."""
+    try:
+        return str(local_path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+class Screen:
+    """Lines on stdout, with what the terminal can show. Where nobody reads any more, the work goes on."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def show(self, line: str) -> None:
+        """Print a line at once."""
+        if self.error is None:
+            try:
+                print(_in_coding(line, sys.stdout.encoding), flush=True)
+            except OSError as error:  # a closed pipe or terminal, a full disk
+                self.error = error
+
+    def close(self) -> None:
+        """Say that lines were not printed: BrokenPipeError, or InputError with the reason."""
+        if self.error is not None:
+            _drop_output()
+            if isinstance(self.error, BrokenPipeError):
+                raise self.error
+            raise InputError(f"the output can't be written ({self.error.strerror}): the files are") from self.error
+
+
+def _in_coding(line: str, coding: str | None) -> str:
+    """A line in what a terminal's coding has, as wide as before."""
+    for sign, plain in (("\N{SPACE}\N{PLUS-MINUS SIGN}", "+-"), ("\N{HORIZONTAL ELLIPSIS}", "~")):
+        if not _can_show(sign, coding):
+            line = line.replace(sign, plain)
+    return line if _can_show(line, coding) else line.encode(coding or "ascii", "replace").decode(coding or "ascii")
+
+
+def _can_show(text: str, coding: str | None) -> bool:
+    try:
+        text.encode(coding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    """Send what Python flushes at its end nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def exit_code(run: Callable[[], None], interrupted: str) -> int:
-    """Do a script's work: 0, 2 after one line on stderr for bad input, 130 after `interrupted` for Ctrl-C, and 1 where
-    nobody reads the output any more."""
+    """Do a script's work: 0, 2 after one line on stderr for bad input, 130 after `interrupted` for Ctrl-C, 128 and the
+    signal's number after it for a closed terminal or an end from outside, and 1 where nobody reads the output."""
+    ended_by = []
+
+    def end(number: int, _: object) -> None:
+        ended_by.append(number)
+        raise KeyboardInterrupt  # what was begun is cleared away
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup's stays
+                before[number] = signal.signal(number, end)
     try:
         run()
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        _complain(interrupted)
+        return 128 + (ended_by[0] if ended_by else signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        _drop_output()
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(line, file=sys.stderr)
 
 
 def at_least(limit: int, name: str, value: int | None) -> None:

@@ -266,6 +266,9 @@ def test_models_whose_files_look_alike_are_told_apart_by_their_weights(tmp_path)
         ("a/b/", "texts/wiki.{split}.txt", "b-wiki-mean0.3-"),
         ("a", "novels/{split}.txt", "a-novels-mean0.3-"),
         ("a", "x.txt.gz", "a-x-mean0.3-"),
+        ("hub/models--org--b-1/snapshots/0123abc", "x.txt", "b-1-x-mean0.3-"),
+        ("m" * 240, "é" * 120 + ".txt", f"{'m' * 80}-{'é' * 40}-mean0.3-"),
+        ("a$\\x${", "caf\udce9.txt", "a__x__-caf_-mean0.3-"),
     ],
 )
 def test_a_run_is_named_after_model_text_and_mean(model, dataset, start):
@@ -559,7 +562,7 @@ def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(
 
 
 @pytest.mark.parametrize("rotations", ["1", "2"])
-def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations):
+def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, capsys):
     folder, results = runs.run(f"save{rotations}", "--save-model", "best", "--rotations", rotations, step=0.15)
     (saved,) = (folder / "models").iterdir()
     best = min(points(results, "sweep"), key=lambda point: point["perplexity"])
@@ -570,10 +573,15 @@ def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations):
     test = token_windows(runs.text, tokenizer, split="test", length=16)
     assert perplexity(model, test, progress=False) == best["perplexity"]
 
+    capsys.readouterr()
     _, again = runs.run(f"alone{rotations}", "--model", str(saved), mean=0, plots=True)
     (alone,) = again["points"]
     assert (alone["kind"], alone["nll"]) == ("dense", best["nll"])
-    assert (again["model"]["model_type"], again["model"]["parameters"]) == ("sliced", best["parameters"])
+    assert (alone["parameters"], alone["cut"]) == (best["parameters"], best["cut"])
+    assert (again["model"]["model_type"], again["model"]["parameters"]) == ("sliced", results["model"]["parameters"])
+    row = capsys.readouterr().out.splitlines()[3]
+    assert row.startswith("sliced model  ")
+    assert f"{best['cut']:.1%}" in row
     assert again["data"]["calibration"] is None
 
 

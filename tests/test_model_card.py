@@ -79,3 +79,7 @@ def test_the_hub_reads_the_front_matter(tmp_path, model_name, base_model):
 def test_a_pipe_does_not_break_the_table(tmp_path):
     text = card(tmp_path, calibration="a | b\nc")
     assert "| calibrated on | a \\| b c |" in text
+
+
+def test_a_name_that_is_not_utf_8_is_no_obstacle(tmp_path):
+    assert r"of caf\udce9.txt" in card(tmp_path, calibration="8 windows of caf\udce9.txt")

@@ -2,14 +2,19 @@
 
 import copy
 import csv
+import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.text
 import pytest
 
 from slicing.experiment.results import (
@@ -722,6 +727,72 @@ def test_a_run_in_which_nothing_was_sliced_has_no_figures(tmp_path):
     assert {path.name for path in (tmp_path / "dense").iterdir()} == {"results.csv"}
     write_files([dense, make_run()], tmp_path / "both")
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"results.csv", "sweep.png"}
+
+
+def test_a_plot_that_fails_costs_no_other_file_and_says_why(run, tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr("slicing.report.plots._add_legend", fail)
+    with pytest.raises(InputError, match=r"can't draw .*sweep\.png \(RuntimeError: no font\): the numbers are kept"):
+        write_files([run], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "redundancy.png"}
+
+
+ODD = {"name": "m$x_{$", "source": "/texts/a$\\x${split}.txt"}
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    run = make_run(**ODD)
+    write_files([run, make_run()], tmp_path)
+    plot_redundancy(run, tmp_path / "redundancy.png")
+    plot_layer_redundancy(run["redundancy"], ODD["name"], tmp_path / "lr.svg")
+    figures = [sweep_figure([run]), redundancy_figure(run), layer_redundancy_figure(run["redundancy"], "m$x_{$")]
+    texts = [text for figure in figures for text in figure.findobj(matplotlib.text.Text) if "$" in text.get_text()]
+    assert len(texts) >= 4
+    assert not any(text.get_parse_math() for text in texts)
+    assert figures[0].axes[0].get_ylabel() == r"perplexity (a$\x$ test)"
+
+
+def test_names_that_are_not_utf_8_are_written_and_drawn(tmp_path, capsys):
+    run = make_run(name="m\udce9\n", source="caf\udce9.txt")
+    assert main([str(save(run, tmp_path / "a")), str(save(make_run(), tmp_path / "b")), "--output", str(tmp_path)]) == 0
+    assert "m\ufffd\ufffd" in capsys.readouterr().out
+    assert r"caf\udce9.txt" in (tmp_path / "results.csv").read_text("utf-8")
+
+
+def test_a_sliced_model_is_not_called_dense(tmp_path):
+    sliced = make_run(mean=0, name="a/mine")
+    sliced["model"]["model_type"] = "sliced"
+    assert format_row(sliced["points"][0], sliced).startswith("sliced model  ")
+    assert len(header(sliced).split("\n")[1]) == len(format_row(sliced["points"][0], sliced))
+    assert "mine, sliced model" in legend(sliced, make_run())
+    write_csv([sliced], tmp_path / "a.csv")
+    assert "sliced model" in (tmp_path / "a.csv").read_text()
+
+
+def test_figures_need_neither_a_notebooks_backend_nor_latex(run, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")
+    environment = {"MPLBACKEND": "module://no_such_package.backend", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    command = [sys.executable, "-m", "slicing.report", str(save(run, tmp_path / "run"))]
+    subprocess.run(
+        command, check=True, env=os.environ | environment, cwd=Path(__file__).parents[1], capture_output=True
+    )
+    plot_sweep([run], tmp_path / "sweep.png")
+    assert (tmp_path / "run" / "sweep.png").read_bytes() == (tmp_path / "sweep.png").read_bytes()
+
+
+@pytest.mark.parametrize("coding", ["ascii", "utf-8"])
+def test_the_table_is_printed_with_what_the_terminal_can_show(run, tmp_path, monkeypatch, coding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=coding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("slicing.report.table.write_files", lambda *_: None)
+    assert main([str(save(run, tmp_path / "run"))]) == 0
+    text = stream.buffer.getvalue().decode(coding)
+    _, titles, rule, *rows = text.splitlines()
+    assert "0.011" in rows[0]
+    assert (" ±" if coding == "utf-8" else "+-") in rows[0]
+    assert {len(row) for row in rows[:5]} == {len(titles), len(rule)}
 
 
 # ---- command

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from transformers import Gemma2Config, GPTBigCodeConfig, PreTrainedModel, T5Conf
 import calculate_LR
 import mean_cut_accuracy_experiments as sweep
 from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
-from slicing.experiment.options import Options, check
+from slicing.command_line import exit_code
+from slicing.experiment.options import Options, check, read_vector
 from slicing.tasks import evaluate_tasks
 from slicing.text import is_file
 
@@ -251,7 +253,14 @@ def test_a_vector_file_without_a_vector_is_refused(refused, here, content):
     refused(sweep, ["--vector-cut", "lr.json"], "'lr.json': .*: give the file that --output wrote")
 
 
-@pytest.mark.parametrize(("values", "message"), [("[0, NaN, 1]", "NaN is no number"), ("[0, 1]", "2 values")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("[0, NaN, 1]", "NaN is no number"),
+        (f"[0, {'1' * 400}, 1]", "beyond the largest number"),
+        ("[0, 1]", "2 values"),
+    ],
+)
 def test_a_vector_from_a_file_is_checked_as_one_from_the_command_line(refused, here, values, message):
     (here / "lr.json").write_text(f'{{"normalised": {values}}}')
     refused(sweep, ["--vector-cut", "lr.json"], message)
@@ -376,6 +385,51 @@ def test_output_that_nobody_reads_ends_without_a_traceback(tmp_path):
     piped = ["bash", "-c", f"({command}) | head -c 1"]
     done = subprocess.run(piped, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert (done.stdout, done.stderr) == ("x", "1\n")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_a_terminal_that_is_closed_costs_no_point(run, shared, here, monkeypatch, capfd, error):
+    shown = []
+
+    class Closed:
+        encoding = "utf-8"
+
+        def write(self, text: str) -> None:
+            shown.append(text)
+            raise error
+
+        def flush(self) -> None: ...
+
+        def fileno(self) -> int:
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr("slicing.report.table.plot_sweep", lambda *_: None)
+    monkeypatch.setattr("slicing.report.table.plot_redundancy", lambda *_: None)
+    code = sweep.main(sweep_arguments(shared, "--step", "0.3", "--quiet"))
+    assert len(shown) == 1
+    assert code == (1 if isinstance(error, BrokenPipeError) else 2)
+    assert len(list(here.glob("results/*/points/*.json"))) == 3
+    assert len(list(here.glob("results/*/results.csv"))) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_an_end_from_outside_clears_away_what_was_begun_and_says_so(number, capfd):
+    before = signal.getsignal(number)
+    assert exit_code(lambda: os.kill(os.getpid(), number), "interrupted: kept") == 128 + number
+    assert capfd.readouterr().err == "interrupted: kept\n"
+    assert signal.getsignal(number) == before
+
+
+def test_the_home_folder_is_meant_by_a_tilde(here, shared, monkeypatch, run):
+    monkeypatch.setenv("HOME", str(here))
+    options = sweep.parse(["--model", "m", "--mean", "0.3", "--output-dir=~/x", "--include-path=~/tasks"])
+    assert (options.output_dir, options.include_path) == (str(here / "x"), str(here / "tasks"))
+    lr = calculate_LR.parse(["m", "--output=~/V.JSON", "--plot=~/lr.png"])
+    assert (lr.output, lr.plot) == (str(here / "V.JSON"), str(here / "lr.png"))
+    (here / "V.JSON").write_text('{"normalised": [0, 0.5, 1]}')
+    assert read_vector(("~/V.JSON",))[0] == [0, 0.5, 1]
+    is_one_line(run(sweep, sweep_arguments(shared, "--output-dir=~nobody-here/x")), "'~nobody-here/x' can't be a file")
 
 
 @pytest.mark.parametrize(

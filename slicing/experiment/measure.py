@@ -1,5 +1,6 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
+import copy
 import resource
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slicing.bases import Bases, dense_bases
 from slicing.devices import must_offload, on_devices
@@ -122,7 +123,7 @@ class Bench:
                 "revision": identity.model_commit(options),
                 "model_type": self.checked.config.model_type,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
-                "parameters": count_parameters(self.model),
+                "parameters": _dense_parameters(self.model),
                 "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
             },
             # a local model is known by its content, whatever its path
@@ -288,3 +289,11 @@ class Bench:
             parameters=(self._dependences["model"]["parameters"], point["parameters"]),
             command=identity.command_line(),
         )
+
+
+def _dense_parameters(model: PreTrainedModel) -> int:
+    """Unique parameters of the dense model: of one that was sliced before, by the config it was made of."""
+    if model.config.model_type != "sliced":
+        return count_parameters(model)
+    with torch.device("meta"):
+        return count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)))

@@ -1,13 +1,12 @@
 """The options of an experiment, and the checks that need no weights: what is wrong is said before they are loaded."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicing.command_line import at_least, check_seed
 from slicing.experiment.results import check_redundancy
 from slicing.families import InputError, find_family
-from slicing.files import read_json
+from slicing.files import local_path, read_json
 from slicing.schedule import check_vector, final_slices, normalise, rounded_down, slice_widths, sweep_amounts
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | N
     file says of it."""
     if len(given) == 1 and given[0].lower().endswith(".json"):
         try:
-            content = read_json(Path(given[0]))
+            content = read_json(local_path(given[0]))
             if not isinstance(content, dict):
                 raise InputError("it is no object")
             source: dict[str, Any] = {name: content.get(name) for name in ("normalised", "cosine", "stderr")}

@@ -21,13 +21,15 @@ from slicing.experiment.results import Point, Results, best_dynamic_point, dense
 from slicing.experiment.store import RunFolder, content_key, is_saved_model
 from slicing.families import InputError
 from slicing.loading import resolve_device
-from slicing.report.labels import text_name
+from slicing.report.labels import short_model_name, text_name
 from slicing.rotation import sliced_parameters
 
 BASE_TOLERANCE = 0.005  # of --find-base
 _SHARED_FOLDER_DELAY = 90.0  # seconds until a file that one machine wrote must show on another
 # Options that leave the points as they are: runs that differ in these alone have one folder.
 _NOT_IN_NAME = {"output_dir", "fresh", "quiet", "save_model", "compare", "offload", "cuda_device"}
+
+_NAME_BYTES = 80  # of a model's or a text's name in that of a folder: both, mean and hash fit the 255 there are
 
 OnPoint = Callable[[Point, Results], None]
 
@@ -242,9 +244,13 @@ class Experiment:
 def run_name(options: Options) -> str:
     """Name of the run's folder: what a person looks for, and a hash of all settings that make its points."""
     numbers = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_NAME}
-    name = Path(options.model).name
-    name = Path(options.model).resolve().name if name in ("", "..") else name
-    model, text = (
-        "".join(c if c.isalnum() or c in "-._" else "_" for c in word) for word in (name, text_name(options.dataset))
-    )
+    path = Path(options.model)
+    model = short_model_name(str(path.resolve()) if path.name in ("", "..") else options.model)
+    model, text = (_folder_name(name) for name in (model, text_name(options.dataset)))
     return f"{model}-{text}-mean{options.mean:g}-{content_key(numbers)[:8]}"
+
+
+def _folder_name(name: str) -> str:
+    """A name that every file system takes, shortened where it is long: the hash tells the runs apart."""
+    letters = "".join(character if character.isalnum() or character in "-._" else "_" for character in name)
+    return letters.encode()[:_NAME_BYTES].decode(errors="ignore")

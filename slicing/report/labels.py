@@ -10,7 +10,25 @@ TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
 
 def model_name(results: Results) -> str:
     """Last part of the hub name or path."""
-    return Path(results["model"]["name"]).name
+    return short_model_name(results["model"]["name"])
+
+
+def short_model_name(name: str) -> str:
+    """Last part of a hub name or path; of a snapshot in the hub's cache the model's name, not the commit."""
+    path = Path(name)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return shown(path.name)
+
+
+def shown(name: str) -> str:
+    """A name with a mark in place of what no font and no terminal shows: bytes that are not UTF-8, line ends."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
+def is_sliced_model(results: Results) -> bool:
+    """Whether the model of the run was a sliced one from the beginning, which is evaluated and not sliced again."""
+    return bool(results["model"]["model_type"] == "sliced")
 
 
 def text_name(source: str) -> str:
@@ -19,7 +37,7 @@ def text_name(source: str) -> str:
     path = Path(source)
     stem = path.with_suffix("").stem if path.suffix in (".gz", ".xz") else path.stem
     names = (part.replace("{split}", "").strip("/._-") for part in (stem, *reversed(path.parent.parts)))
-    return next(filter(None, names), "text")
+    return shown(next(filter(None, names), "text"))
 
 
 def text_label(results: Results) -> str:
@@ -43,14 +61,15 @@ def run_label(results: Results) -> str:
 def run_labels(runs: Sequence[Results]) -> list[str]:
     """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model
     and tasks, else with a number."""
-    marks = (text_label, lambda run: f"seed {run['seed']}", lambda run: str(run["model"]["name"]), _task_names)
+    marks = (text_label, lambda run: f"seed {run['seed']}", lambda run: shown(run["model"]["name"]), _task_names)
     return _told_apart([run_label(run) for run in runs], runs, marks)
 
 
 def dense_labels(runs: Sequence[Results]) -> list[str]:
     """A label for the dense model of each run, all different in the same way; no seed changes these."""
-    marks = (text_label, lambda run: str(run["model"]["name"]), _task_names)
-    return _told_apart([f"{model_name(run)}, dense" for run in runs], runs, marks)
+    marks = (text_label, lambda run: shown(run["model"]["name"]), _task_names)
+    kinds = ["sliced model" if is_sliced_model(run) else "dense" for run in runs]
+    return _told_apart([f"{model_name(run)}, {kind}" for run, kind in zip(runs, kinds, strict=True)], runs, marks)
 
 
 def _told_apart(labels: Sequence[str], runs: Sequence[Results], marks: Sequence[Callable[[Results], str]]) -> list[str]:

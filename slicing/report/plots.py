@@ -1,8 +1,10 @@
 """Figures of finished runs: perplexity and accuracy over the slice base, redundancy and widths by layer."""
 
 import math
+import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,25 +42,53 @@ PANEL_LINE, LEGEND_LINE = 28, 84  # characters that fit beside a panel and below
 
 
 def plot_sweep(runs: Sequence[Results], path: str | Path) -> None:
-    """Write `sweep_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
-    _write(sweep_figure(runs), path)
+    """Write `sweep_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that fails."""
+    _write(lambda: sweep_figure(runs), path)
 
 
 def plot_redundancy(results: Results, path: str | Path) -> None:
-    """Write `redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
-    _write(redundancy_figure(results), path)
+    """Write `redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that
+    fails."""
+    _write(lambda: redundancy_figure(results), path)
 
 
 def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
-    """Write `layer_redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg)."""
-    _write(layer_redundancy_figure(redundancy, title), path)
+    """Write `layer_redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that
+    fails."""
+    _write(lambda: layer_redundancy_figure(redundancy, title), path)
 
 
-def _write(figure: "Figure", path: str | Path) -> None:
-    with replacing(Path(path)) as partial:
-        figure.savefig(partial, dpi=200)
+def _write(figure: "Callable[[], Figure]", path: str | Path) -> None:
+    try:
+        with replacing(Path(path)) as partial, own_settings():
+            figure().savefig(partial, dpi=200)
+    except InputError:
+        raise
+    except Exception as error:  # Matplotlib's and its parts' errors share no class
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"can't draw {path} ({why}): the numbers are kept, so it can be drawn again") from error
 
 
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Matplotlib's own defaults, whatever a matplotlibrc says, and text as it is: no sign of a name begins a formula.
+
+    Figures that are written to files need no backend: a notebook's, which MPLBACKEND passes on to processes that may
+    not have it, would make the import fail.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
+
+
+@own_settings()
 def sweep_figure(runs: Sequence[Results]) -> "Figure":
     """Perplexity and, where tasks were evaluated, mean accuracy over SB; dense and constant slicing as lines.
 
@@ -210,6 +240,7 @@ def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None
     figure.set_figheight(figure.get_figheight() + 0.18 * lines)
 
 
+@own_settings()
 def layer_redundancy_figure(redundancy: dict[str, Any], title: str) -> "Figure":
     """LR by layer; `redundancy` as in results.json."""
     from matplotlib.figure import Figure
@@ -239,6 +270,7 @@ def _draw_redundancy(axes: "Axes", redundancy: dict[str, Any]) -> None:
     axes.set_ylabel("layer redundancy LR")
 
 
+@own_settings()
 def redundancy_figure(results: Results) -> "Figure":
     """LR by layer above, widths of constant slicing and of the best dynamic point below.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slicing.command_line import Parser, exit_code
+from slicing.command_line import Parser, Screen, exit_code, path
 from slicing.experiment.results import (
     PARTS,
     Point,
@@ -25,8 +25,9 @@ from slicing.experiment.results import (
     paired_standard_error,
     read_results,
 )
+from slicing.families import InputError
 from slicing.files import replacing
-from slicing.report.labels import model_name, run_labels, text_label
+from slicing.report.labels import is_sliced_model, model_name, run_labels, shown, text_label
 from slicing.report.plots import plot_redundancy, plot_sweep
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
@@ -115,7 +116,9 @@ def _millions(parameters: int) -> str:
     return f"{parameters / 1e9:.3f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
-def _kind(point: Point) -> str:
+def _kind(point: Point, results: Results) -> str:
+    if point["kind"] == "dense" and is_sliced_model(results):
+        return "sliced model"
     names = {"dense": "dense", "equal-parameters": "equal size", "confirm": "confirmed"}
     return names.get(point["kind"]) or ("constant" if point["amount"] == 0 else "dynamic")
 
@@ -145,7 +148,7 @@ def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: boo
     if labelled:
         names: dict[str, str] = {run["model"]["name"]: model_name(run) for run in runs}
         if len(set(names.values())) < len(names):
-            names = {name: name for name in names}
+            names = {name: shown(name) for name in names}
         columns.append(
             _Column(("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run["model"]["name"]])
         )
@@ -159,7 +162,7 @@ def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: boo
             _Column(("", "calibrated"), -11, lambda point, _: point["calibration"] or "-"),
         ]
     columns += [
-        _Column(("", "point"), -10, lambda point, _: _kind(point)),
+        _Column(("", "point"), -12 if any(map(is_sliced_model, runs)) else -10, _kind),
         _Column(("", "SB"), 5, lambda point, _: _optional(point["base"], ".3f")),
         _Column(("", "SP"), 5, lambda point, _: _optional(point["mean"], ".3f")),
         _Column(("", "perplexity"), 10, lambda point, _: _perplexity(point["perplexity"])),
@@ -209,12 +212,13 @@ def _row(columns: Sequence[_Column], point: Point, results: Results) -> str:
     return "  ".join(column.pad(column.cell(point, results)) for column in columns).rstrip()
 
 
-def write_csv(runs: Sequence[Results], path: str | Path) -> None:
+def write_csv(runs: Sequence[Results], file: str | Path) -> None:
     """A row a point at full precision; an empty cell where there is no number. Task columns: NAME, NAME_stderr."""
     rows = [_csv_row(point, run) for run in runs for point in run["points"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
+    how = "backslashreplace"  # a file's name may be no UTF-8
+    with replacing(Path(file)) as partial, partial.open("w", newline="", encoding="utf-8", errors=how) as stream:
+        writer = csv.DictWriter(stream, names)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -225,6 +229,8 @@ def _csv_row(point: Point, results: Results) -> dict[str, Any]:
     row |= {"text": text["source"], "split": text["split"], "window_length": text["length"], "seed": results["seed"]}
     plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
     row |= {key: point[key] for key in plain}
+    if point["kind"] == "dense" and is_sliced_model(results):
+        row["kind"] = "sliced model"
     row["change_dense"], row["paired_se_dense"] = compare(point, dense_point(results))
     row["change_constant"], row["paired_se_constant"] = _against_constant(point, results)
     row |= {"mean_accuracy": point["mean_accuracy"], "mean_accuracy_stderr": mean_accuracy_error(point)}
@@ -240,9 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: table and summary to stdout, results.csv and the plots into a folder. Returns the exit code."""
     parser = Parser("Tabulate and draw finished runs again.")
     parser.prog = "python -m slicing.report"
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run, with its results.json")
+    parser.add_argument(
+        "folders", nargs="+", type=path, metavar="FOLDER", help="folder of a run, with its results.json"
+    )
     parser.add_argument(
         "--output",
+        type=path,
         metavar="FOLDER",
         help="where results.csv, sweep.png (where something was sliced) and redundancy.png (for one run) go; default:"
         " the run's folder, for several runs the folder that holds the first",
@@ -253,19 +262,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(folders: Sequence[str], output: str | None) -> None:
     runs = [read_results(folder) for folder in folders]
-    print("\n".join(format_table(runs)))
+    screen = Screen()
+    for line in format_table(runs):
+        screen.show(line)
     for run, label in zip(runs, run_labels(runs), strict=True):
         for line in equal_size_summary(run):
-            print(line if len(runs) == 1 else f"{label}: {line}")
+            screen.show(line if len(runs) == 1 else f"{label}: {line}")
     first = Path(folders[0])
     write_files(runs, Path(output) if output else first if len(runs) == 1 else first.resolve().parent)
+    screen.close()
 
 
 def write_files(runs: Sequence[Results], folder: Path) -> None:
     """Write results.csv; where something was sliced, sweep.png; and, for a single run with layer redundancy,
-    redundancy.png. InputError where the folder can't be written."""
-    write_csv(runs, folder / "results.csv")
+    redundancy.png. InputError, when all that can be is written, where one of them can't."""
+    tasks: list[Callable[[], None]] = [lambda: write_csv(runs, folder / "results.csv")]
     if any(point["widths"] is not None for run in runs for point in run["points"]):
-        plot_sweep(runs, folder / "sweep.png")
+        tasks.append(lambda: plot_sweep(runs, folder / "sweep.png"))
     if len(runs) == 1 and runs[0]["redundancy"] is not None:
-        plot_redundancy(runs[0], folder / "redundancy.png")
+        tasks.append(lambda: plot_redundancy(runs[0], folder / "redundancy.png"))
+    errors = []
+    for write in tasks:
+        try:
+            write()
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        raise InputError("; ".join(dict.fromkeys(map(str, errors)))) from errors[0]
