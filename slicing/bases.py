@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from slicing.batches import evaluation_mode
+from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, attention_step, mlp_step, on_device, parallel_step
 from slicing.families import Family, find_family
 from slicing.modeling import find_block, is_parallel, part
@@ -52,6 +52,7 @@ def dense_bases(
         no name: they are gone with the bases. The other arguments are as in rotate_and_slice.
     """
     family = find_family(model.config)
+    check_weights(model)
     found = Bases(rotations)
     with evaluation_mode(model):
         stream = Stream(model, family, windows, batch_size, device)

@@ -1,7 +1,7 @@
 """Windows of tokens in batches: how many run at once, what memory allows, and the checks that every pass needs."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -48,6 +48,40 @@ def check_token_ids(windows: torch.Tensor, vocabulary: int) -> None:
             f"token ids go from {low} to {high}, the model's vocabulary from 0 to {vocabulary - 1}: "
             "use the tokenizer that belongs to the model"
         )
+
+
+def broken_weight(model: torch.nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or an infinity; None where all are finite.
+
+    The activations alone do not tell: attention kernels of some CPUs swallow NaN in queries and keys. Weights that are
+    on no device (accelerate keeps them on the disk) are passed over.
+    """
+    names, extremes = [], []
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.dtype.itemsize > 1
+            and parameter.is_floating_point()
+            and parameter.numel()
+            and not parameter.is_meta
+        ):
+            names.append(name)
+            extremes.append(torch.stack(torch.aminmax(parameter.detach())).float())  # the fastest test: NaN passes on
+    finite = torch.stack([pair.cpu() for pair in extremes]).isfinite().all(1).tolist() if names else []
+    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
+
+
+def check_weights(model: torch.nn.Module, layers: Iterable[torch.nn.Module] = ()) -> None:
+    """InputError where a parameter is not finite; it says which of `layers` holds it."""
+    name = broken_weight(model)
+    if name is None:
+        return
+    remedy = "use --dtype float32 or bfloat16, or another copy of the model"
+    for index, layer in enumerate(layers):
+        if any(parameter is model.get_parameter(name) for parameter in layer.parameters()):
+            raise InputError(
+                f"the activations of layer {index} are not finite: {remedy}, for its weights {name} are not"
+            )
+    raise InputError(f"the weights {name} are not finite: {remedy}")
 
 
 def input_device(table: torch.nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from slicing.batches import check_token_ids, evaluation_mode, in_batches, input_device, is_gpu
+from slicing.batches import check_token_ids, check_weights, evaluation_mode, in_batches, input_device, is_gpu
 from slicing.families import InputError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def window_nll(
     windows: (N, S) integer token ids, without padding.
     batch_size: windows a batch; None starts with about 32,000 tokens (8,000 on a CPU) and halves when memory runs out.
 
-    Returns (N,) fp64 on the CPU. Raises InputError for token ids outside the vocabulary, windows shorter than two
-    tokens, a batch that does not fit and a result that is not finite.
+    Returns (N,) fp64 on the CPU. Raises InputError for token ids outside the vocabulary, weights that are not
+    finite, windows shorter than two tokens, a batch that does not fit and a result that is not finite.
     """
     table = model.get_input_embeddings()
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
@@ -64,6 +64,7 @@ def window_nll(
             f"window {bad[0]} has a negative log likelihood of {nll[bad[0]].item()} ({len(bad)} of {len(nll)} windows "
             f"are not finite) with {model.dtype}: use float32 or bfloat16, and check the model's weights"
         )
+    check_weights(model)  # that the numbers are finite does not tell
     return nll
 
 

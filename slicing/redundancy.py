@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicing.batches import check_token_ids, evaluation_mode, in_batches, input_device, windows_at_once
+from slicing.batches import check_token_ids, check_weights, evaluation_mode, in_batches, input_device, windows_at_once
 from slicing.families import FAMILIES, InputError
 from slicing.modeling import part
 from slicing.schedule import normalise
@@ -72,6 +72,7 @@ def layer_redundancy(
         raise InputError(f"windows must have shape (N, S) with N and S above 0, got {tuple(windows.shape)}")
     check_token_ids(windows, model.get_input_embeddings().weight.shape[0])
     layers = decoder_layers(model)
+    check_weights(model, layers)
     device = input_device(model.get_input_embeddings())
     body = model.get_decoder()
     with evaluation_mode(model), _layer_cosines(layers, device) as last:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.bases import Bases, Basis, find_bases
-from slicing.batches import evaluation_mode
+from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, copy_of
 from slicing.check import check_classes, check_layers, check_names
 from slicing.families import Family, InputError, find_family
@@ -53,6 +53,7 @@ def rotate_and_slice(
     Raises InputError for a family that can't be sliced, a layer that does not compute what its row says (check.py) and
     activations that are not finite. The sliced model's `check_seconds` says how long the check took.
     """
+    check_weights(model)
     slicer = _Slicer(model, widths, rotations, device)
     with evaluation_mode(model):
         stream = Stream(model, slicer.family, windows, batch_size, slicer.device)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slicing.families import FAMILIES, REFUSED, InputError
+from slicing.likelihood import window_nll
 from slicing.modeling import part
 from slicing.redundancy import decoder_layers, layer_redundancy
 from slicing.rotation import rotate_and_slice
@@ -227,6 +228,15 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_first_such_
     next(part(model, family_of(case).layers)[index].parameters()).data.view(-1)[0] = math.nan
     with pytest.raises(InputError, match=f"the activations of layer {index} are not finite: use --dtype"):
         layer_redundancy(model, windows(2, 8))
+
+
+@pytest.mark.parametrize("measure", [layer_redundancy, window_nll, lambda *a: rotate_and_slice(*a, [40, 32, 24])])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_weights_that_are_not_finite_are_an_error_whatever_the_kernel_makes_of_them(measure, name):
+    model = random_model("llama", dtype=torch.float32)  # AVX-512's attention swallows NaN in queries and keys
+    model.get_submodule(f"model.layers.1.self_attn.{name}").weight.data[0, 0] = math.nan
+    with pytest.raises(InputError, match=f"self_attn.{name}.weight are not"):
+        measure(model, windows(2, 8))
 
 
 def test_a_token_whose_state_is_zero_is_no_error():
