@@ -20,6 +20,7 @@ from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
 from slicing.modeling import SlicedConfig, find_block, has, input_axis, matrix, part, sliced_layer_class
+from slicing.pca import Basis
 from slicing.weights import LayerWriter, gained_biases
 
 TOLERANCE = 1e-3  # relative; a right row is off by some 1e-6 in fp32, a wrong one by 1e-2 or more
@@ -147,7 +148,8 @@ class _Trial:
         )
         dense_class: Any = type(layer)
         self.sliced = sliced_layer_class(dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
-        writer.write(self.dense, self.sliced, self.basis, middle, self.following)
+        bases = [Basis(basis, basis) for basis in (self.basis, middle, self.following)]
+        writer.write(self.dense, self.sliced, *bases)
 
     def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
         """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""
