@@ -102,7 +102,7 @@ class _Slicer:
 
     def slice(self, bases: Iterator[tuple[Basis | None, Basis | None]], progress: bool) -> SlicedForCausalLM:
         """Fill in each layer as soon as the basis of the next one is known."""
-        sliced_layers = part(self.sliced.model, self.family.layers)
+        sliced_layers = part(self.sliced, self.family.layers)
         previous: tuple[Basis | None, Basis | None] | None = None
         for index, pair in enumerate(tqdm(bases, total=len(self.layers), desc="slice", disable=not progress)):
             if previous is None:
@@ -121,7 +121,7 @@ class _Slicer:
             fill(first.embedding_projection.weight, basis.encoder.T)
             return
         for path in self.family.tables:
-            dense, sliced = part(self.model, path).weight, part(self.sliced.model, path).weight
+            dense, sliced = part(self.model, path).weight, part(self.sliced, path).weight
             for rows, target in zip(torch.split(dense, 16384), torch.split(sliced, 16384), strict=True):
                 fill(target, self.writer.fp64(rows) @ basis.encoder)
 
@@ -133,19 +133,15 @@ def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int)
 
 
 def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:
-    text_config = copy.deepcopy(model.config)
-    text_config.tie_word_embeddings = _is_tied(model)
     first = part(model, family.layers)[0]
-    config = SlicedConfig(
-        text_config=text_config,
+    return SlicedConfig.of(
+        model.config,
         widths=list(widths),
         rotations=rotations,
         gained_biases=gained_biases(first, find_block(first, family)),
+        tie_word_embeddings=_is_tied(model),
         dtype=next(model.parameters()).dtype,
     )
-    for choice in ("_attn_implementation", "_experts_implementation"):  # a new outer config resets them
-        setattr(text_config, choice, getattr(model.config, choice))
-    return config
 
 
 def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
@@ -153,9 +149,10 @@ def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotatio
     config = _sliced_config(model, family, widths, rotations)
     with torch.device("meta"):
         sliced = SlicedForCausalLM(config)
-    check_classes(model, sliced.model)
-    sliced.model = copy_of(model, known={id(model.config): config.text_config})
-    slice_modules(sliced.model, config)
+    check_classes(model, sliced)
+    for name, module in copy_of(model, known={id(model.config): config}).named_children():
+        setattr(sliced, name, module)
+    slice_modules(sliced, config)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.eval()
     return sliced
