@@ -278,6 +278,8 @@ def of_family(sliced: Any, dense: Any) -> Any:
     which models a configuration belongs to.
     """
     names = {"__module__": sliced.__module__, "dense_class": dense, "any_family": sliced}
+    if issubclass(sliced, SlicedPreTrainedModel):
+        names["_supports_attention_backend"] = dense._supports_attention_backend
     found: Any = type(sliced.__name__, (sliced, dense), names)
     if issubclass(sliced, SlicedConfig):
         for model in MODELS:
