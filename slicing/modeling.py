@@ -3,7 +3,8 @@
 Configuration, decoder layer, body, causal LM and classifier are classes for any family. `of_family` makes the class of
 one family, which is a subclass of the family's own too: fields, forward, masks, caches and names of weights are its.
 
-A saved folder carries copies of this file and of `families.py`, so it imports nothing else of this project.
+A saved folder carries copies of this file, of `families.py` and of `layouts.py`, so it imports nothing else of this
+project.
 """
 
 import copy
@@ -427,7 +428,8 @@ def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_
         sliced = nn.RMSNorm(width, eps=eps, dtype=like.dtype, device=like.device)
         setattr(part(layer, owner) if owner else layer, name, sliced)
     else:
-        norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
+        if getattr(norm, "weight", None) is not None:
+            norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
         setattr(norm, str(family.norm_eps), eps)
 
 

@@ -196,7 +196,7 @@ def test_loading_options_change_no_bit(elsewhere, job):
 def test_a_loaded_model_is_saved_again_with_its_code(elsewhere):
     assert elsewhere.equal("saved-again")
     first, again = elsewhere.folders["llama-fp32"], elsewhere.folders["saved-again"]
-    for file in ("modeling.py", "families.py", "config.json", "model.safetensors"):
+    for file in ("modeling.py", "families.py", "layouts.py", "config.json", "model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
 
 
@@ -224,7 +224,8 @@ def test_code_of_the_folder_runs_only_where_it_is_trusted(elsewhere):
 @every_case
 def test_the_folder_holds_safetensors_and_readable_text_only(elsewhere, case):
     files = {path.name for path in elsewhere.folders[f"{case}-fp32"].iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors", "modeling.py", "families.py"}
+    code = {"modeling.py", "families.py", "layouts.py"}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", *code}
 
 
 def test_large_models_are_saved_in_shards(elsewhere):
