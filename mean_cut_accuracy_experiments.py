@@ -103,7 +103,7 @@ def sweep(options: Options) -> None:
 
     experiment = Experiment(checked, ranks)
     screen = Screen()
-    tasks = checked.tasks.names if checked.tasks else []
+    tasks = checked.tasks.loaded.reported if checked.tasks else []
 
     def print_row(point: dict, results: dict) -> None:
         if point["kind"] == "dense":

@@ -1,6 +1,7 @@
 """The run as a whole: what it writes and prints, that it goes on where it stopped, that nothing is measured twice."""
 
 import csv
+import json
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import random_model, windows
 from tiny_runs import REPOSITORY, TASKS, Runs, comparable, write_model, write_text
 
@@ -26,7 +28,7 @@ import slicing.experiment.measure
 from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.experiment.measure import Bench
 from slicing.experiment.options import Options, check
-from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error
+from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error, read_results
 from slicing.experiment.store import RunFolder, is_saved_model
 from slicing.experiment.sweep import run_name
 from slicing.report.table import equal_size_summary
@@ -110,6 +112,7 @@ def test_only_accuracies_are_averaged():
     perplexity_score = {"metric": "word_perplexity", "value": 50.0, "stderr": None}
     assert mean_accuracy({"a": accuracy, "b": accuracy | {"value": 0.7}, "c": perplexity_score}) == 0.6
     assert mean_accuracy({"c": perplexity_score}) is None
+    assert mean_accuracy({"a": accuracy, "b": accuracy | {"value": None}}) is None
     assert mean_accuracy_error({"tasks": {"a": accuracy, "c": perplexity_score}}) == 0.1
 
 
@@ -237,14 +240,32 @@ def test_a_run_at_another_mean_takes_over_the_dense_model_and_fresh_does_not(run
     assert measured == ["dense", "sweep", "sweep"]
 
 
-def test_a_model_is_known_by_its_files_whatever_its_path(runs, monkeypatch):
+def test_a_model_is_known_by_its_content_whatever_its_path_and_what_lies_beside_it(runs, tmp_path, monkeypatch):
     old = keys(script.parse(runs.arguments("paths")))
+    copied = shutil.copytree(runs.model, tmp_path / "copy")  # other times
+    for name in ("lr.json", "README.md", ".DS_Store"):
+        (copied / name).write_text("{}")
+    assert keys(script.parse(runs.arguments("paths", "--model", str(copied)))) == old
     monkeypatch.chdir(runs.model)
     for name in (f"{runs.model}/", "../model", "."):
         assert keys(script.parse(runs.arguments("paths", "--model", name))) == old
     (runs.model / "results").mkdir()
     (runs.model / "results" / "results.json").write_text("{}")
     assert keys(script.parse(runs.arguments("paths"))) == old
+
+
+@pytest.mark.parametrize("changed", ["weight", "config"])
+def test_a_model_that_differs_in_one_value_is_another(runs, tmp_path, changed):
+    old = keys(script.parse(runs.arguments("paths")))
+    copied = shutil.copytree(runs.model, tmp_path / "copy")
+    if changed == "weight":
+        tensors = load_file(copied / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+        save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    else:
+        config = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 2e-5}))
+    assert not keys(script.parse(runs.arguments("paths", "--model", str(copied)))) & old
 
 
 def test_models_whose_files_look_alike_are_told_apart_by_their_weights(tmp_path):
@@ -272,9 +293,66 @@ def test_models_whose_files_look_alike_are_told_apart_by_their_weights(tmp_path)
     ],
 )
 def test_a_run_is_named_after_model_text_and_mean(model, dataset, start):
-    name = run_name(Options(model, 0.3, dataset=dataset))
+    name = run_name(Options(model, 0.3, dataset=dataset), "0123456789abcdef")
     assert name.startswith(start)
     assert len(name) == len(start) + 8
+
+
+def test_two_models_of_one_path_have_a_folder_each(tmp_path, monkeypatch):
+    """As `cd A; run --model model --output-dir ../shared; cd ../B; ...` and where a model is trained on in place."""
+    here = Runs(tmp_path)
+    first = here.run("shared", mean=0)
+    write_model(here.model, seed=1)
+    assert script.main(here.arguments("shared", mean=0)) == 0
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert read_results(first[0]) == first[1]
+
+
+def test_results_below_the_folder_of_tasks_measure_nothing_again(runs, measured, tmp_path):
+    shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    here = ("--tasks", "tiny_endings", "--accuracy-limit", "2", "--output-dir", str(tmp_path / "tasks" / "results"))
+    arguments = runs.arguments("beside", "--include-path", str(tmp_path / "tasks"), *here, step=0.3)
+    for _ in range(2):
+        assert script.main([*arguments, "--compare", "equal-parameters"]) == 0
+        assert measured == ["dense", "sweep", "sweep", "equal-parameters"]
+
+
+def test_a_score_is_measured_again_when_data_elsewhere_have_changed(runs, measured, tmp_path):
+    folder, data = tmp_path / "tasks", tmp_path / "data.jsonl"
+    folder.mkdir()
+    (folder / "far.yaml").write_text(
+        f"task: far\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: 'a'\ndoc_to_target: label\ndoc_to_choice: ['b', 'c']\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    scores = []
+    for label in (0, 0, 1):
+        data.write_text(f'{{"label": {label}}}\n' * 3)
+        assert script.main(runs.arguments("far", "--tasks", "far", "--include-path", str(folder), mean=0)) == 0
+        newest = max((runs.folder / "far").iterdir(), key=lambda path: path.stat().st_mtime)
+        scores.append(read_results(newest)["points"][0]["tasks"]["far"]["value"])
+    assert measured == ["dense", "dense"]
+    assert scores[0] == scores[1] == 1 - scores[2]
+
+
+def test_a_task_that_fails_costs_its_cell_and_is_not_measured_again(runs, measured, tmp_path, capsys):
+    shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tasks" / "own.py").write_text("def score(document, results):\n    import not_there\n")
+    settings = "include: tiny_colours.yaml\ntask: failing\ntag: pair\nprocess_results: !function own.score\n"
+    (tmp_path / "tasks" / "failing.yaml").write_text(settings)
+    (tmp_path / "tasks" / "good.yaml").write_text("include: tiny_colours.yaml\ntask: good\ntag: pair\n")
+    more = ("--tasks", "pair", "--include-path", str(tmp_path / "tasks"))
+    for _ in range(2):
+        _, results = runs.run("cell", *more, mean=0)
+        (point,) = results["points"]
+        assert point["tasks"]["failing"]["value"] is None
+        assert point["tasks"]["failing"]["reason"] == "ModuleNotFoundError: No module named 'not_there'"
+        assert (point["mean_accuracy"], measured) == (None, ["dense"])
+        head, row = capsys.readouterr().out.splitlines()[1::2]
+        assert head.split()[-4:] == ["failing", "good", "accuracy", "seconds"]  # a column for each task of the tag
+        assert row.split()[-4] == f"±{point['tasks']['good']['stderr']:.3f}" or row.split()[-5] == "-"
+    runs.run("cell", *more, "--fresh", mean=0)
+    assert measured == ["dense", "dense"]
 
 
 @pytest.mark.parametrize("changed", ["train", "test", "model", "task"])

@@ -21,6 +21,7 @@ from slicing.experiment.results import (
     RESULTS_SCHEMA,
     SCHEMA_VERSION,
     check_results,
+    mean_accuracy,
     paired_standard_error,
     read_results,
 )
@@ -73,6 +74,7 @@ def make_run(
                 "metric": "acc_norm",
                 "value": 0.9 - 0.1 * math.log(perplexity) - 0.05 * i,
                 "stderr": 0.011 + 0.002 * i,
+                "reason": None,
                 "documents": 1838,
                 "metrics": {"acc": {"value": 0.6, "stderr": 0.011}},
             }
@@ -201,7 +203,7 @@ def test_a_missing_key_is_named(run, key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.update(schema_version=1), f"schema_version is 1, known is {SCHEMA_VERSION}"),
+        (lambda run: run.update(schema_version=1), f"schema_version is 1, known are 2 and {SCHEMA_VERSION}"),
         (lambda run: run["model"].update(parameters=1.5), "model.parameters is '1.5' of type float: it must be int"),
         (lambda run: run["model"].update(tied=1), "model.tied is '1' of type int: it must be bool"),
         (lambda run: run.update(seed=True), "seed is 'True'"),
@@ -224,6 +226,30 @@ def test_wrong_values_are_named_with_their_place(run, change, message):
 
 def test_results_are_read_back_as_written(run, tmp_path):
     assert read_results(save(run, tmp_path / "run")) == run
+
+
+def test_results_of_the_version_before_are_read(run, tmp_path):
+    old = copy.deepcopy(run) | {"schema_version": 2}
+    for point in old["points"]:
+        for score in point["tasks"].values():
+            del score["reason"]
+    assert read_results(save(old, tmp_path / "run")) == run
+
+
+def test_a_score_without_a_value_is_a_dash_an_empty_cell_and_no_mean(run, tmp_path):
+    point = run["points"][1]
+    point["tasks"]["piqa"] |= {"metric": None, "value": None, "stderr": None, "reason": "KeyError: 'body'"}
+    point["mean_accuracy"] = mean_accuracy(point["tasks"])
+    check_results(run)
+    assert format_row(point, run, tasks=["piqa", "arc_easy"]).split()[-5:-1] == ["-", *_cells(point, "arc_easy"), "-"]
+    write_csv([run], tmp_path / "results.csv")
+    row = list(csv.DictReader((tmp_path / "results.csv").open()))[1]
+    assert (row["piqa"], row["piqa_stderr"], row["mean_accuracy"], row["mean_accuracy_stderr"]) == ("", "", "", "")
+
+
+def _cells(point: dict[str, Any], task: str) -> list[str]:
+    score = point["tasks"][task]
+    return f"{score['value']:.3f} ±{score['stderr']:.3f}".split()
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
-"""What a run's numbers depend on besides its options: the model's files, the text, versions, the card."""
+"""What a run's numbers depend on besides its options: the model's content, the text, versions, the card."""
 
+import hashlib
+import json
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicing.experiment.options import Options
+from slicing.experiment.store import content_key, weights_key
 from slicing.files import local_path
 from slicing.loading import DEMO
 
@@ -57,21 +60,50 @@ def model_commit(options: Options) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def model_files(name: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files of a local model, its folder's own ones. Nothing for the demo and hub
-    models."""
-    path = local_path(name)
-    return [] if name == DEMO else _stamps(path, path.iterdir() if path.is_dir() else [path])
+def model_content(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model computes with, whatever its path and the other files beside it: config, weights, code of its own."""
+    return {
+        "config": _without_names(model.config.to_dict()),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "dtype": str(model.dtype),
+        "weights": weights_key(model),
+        "code": _own_code(model),
+    }
 
 
-def task_files(folder: str | None) -> list[tuple[str, int, int]]:
-    """The same of all files in a folder of tasks and the folders in it."""
-    return [] if folder is None else _stamps(Path(folder), Path(folder).rglob("*"))
+def _without_names(config: Any) -> Any:
+    """A config without what says where it was read and by which version it was written."""
+    if isinstance(config, dict):
+        names = ("_name_or_path", "transformers_version")
+        return {str(key): _without_names(value) for key, value in config.items() if key not in names}
+    if isinstance(config, list | tuple):
+        return [_without_names(value) for value in config]
+    return config if config is None or isinstance(config, str | int | float | bool) else str(config)
 
 
-def _stamps(root: Path, found: Iterable[Path]) -> list[tuple[str, int, int]]:
-    kept = [file for file in sorted(found) if file.is_file() and "__pycache__" not in file.parts]
-    return [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in kept]
+def _own_code(model: PreTrainedModel) -> str | None:
+    """A hash of the modules that a checkpoint brings with it; None for a class of Transformers or this project."""
+    module = type(model).__module__
+    if not module.startswith("transformers_modules."):
+        return None
+    found = hashlib.sha256()
+    for file in sorted(Path(sys.modules[module].__file__ or "").parent.glob("*.py")):
+        found.update(f"{file.name}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides about the token ids of a prompt."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        whole: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    else:
+        whole = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # of the last call
+            whole.pop(state, None)
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    adds = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")}
+    return {"class": type(tokenizer).__name__, "whole": content_key(whole)} | special | adds
 
 
 def command_line() -> str:

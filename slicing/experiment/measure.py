@@ -1,5 +1,7 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
+import copy
+import functools
 import resource
 import sys
 import time
@@ -18,7 +20,7 @@ from slicing.devices import must_offload, on_devices
 from slicing.experiment import identity
 from slicing.experiment.options import Checked, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
-from slicing.experiment.store import content_key, is_saved_model, weights_key, windows_key
+from slicing.experiment.store import content_key, is_saved_model, windows_key
 from slicing.families import InputError
 from slicing.files import new_folder
 from slicing.likelihood import perplexity, window_nll
@@ -27,13 +29,16 @@ from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
 from slicing.report.model_card import write_model_card
 from slicing.rotation import rotate_and_slice, slice_with_bases
+from slicing.task_content import task_content
 from slicing.tasks import evaluate_tasks
 
-# Options that a point's numbers don't depend on, or that stand in its key by what they come to.
-_NOT_IN_KEY = {"output_dir", "fresh", "quiet", "save_model", "compare", "find_base", "offload", "cuda_device"}
-_NOT_IN_KEY |= {"vector_cut", "source_for_vector", "mean", "step", "rotations", "round_interval", "calibration"}
+# Options that leave the points as they are, and options that name files: their content is in the keys.
+_NOT_IN_RUN = {"output_dir", "fresh", "quiet", "save_model", "compare", "offload", "cuda_device"}
+_NOT_IN_RUN |= {"model", "revision", "trust_remote_code", "dtype", "dataset", "text_column", "perplexity_split"}
+_NOT_IN_RUN |= {"source_for_vector", "vector_cut", "include_path"}
+# Those of a run that a point's numbers don't depend on, or that stand in its key by what they come to.
+_NOT_IN_KEY = _NOT_IN_RUN | {"find_base", "mean", "step", "rotations", "round_interval", "calibration"}
 _NOT_IN_KEY |= {"calibration_samples", "calibration_length", "perplexity_length", "perplexity_samples"}
-_NOT_IN_KEY |= {"model", "dataset", "text_column", "perplexity_split"}
 
 _WORST_NLL = 200  # nats a token; a perplexity of 10^87 is no result, and soon no number
 
@@ -56,12 +61,12 @@ class Bench:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
+        self._content = self._model_content()  # while the weights are on the CPU
         self.test_windows, self.calibration_windows = checked.test_windows, checked.calibration_windows
         calibration_tokens = 0 if self.calibration_windows is None else self.calibration_windows.numel()
         if not (options.offload or must_offload(self.model, device, calibration_tokens)):
             self.model.to(device)
         self._bases: Bases | None = None
-        self._dependences = self._known_dependences()
         self._git = identity.git_commit()
 
     # ---- what numbers depend on
@@ -70,16 +75,15 @@ class Bench:
         """Results without points: what they all depend on."""
         options, config = self.options, self.checked.config.get_text_config()
         test, calibration = self.test_windows, self.calibration_windows
-        known = self._dependences
         return {
             "schema_version": SCHEMA_VERSION,
             "arguments": asdict(options),
             "model": {"name": options.model}
-            | known["model"]
+            | self._model_entry
             | {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers},
-            "versions": known["versions"],
+            "versions": identity.versions(options),
             "git": self._git,
-            "device": known["device"],
+            "device": identity.device_name(self.device),
             "seed": options.seed,
             "data": {
                 "perplexity": identity.text_entry(options.dataset, options.perplexity_split, test),
@@ -93,17 +97,43 @@ class Bench:
             "points": [],
         }
 
+    @functools.cached_property
+    def _model_entry(self) -> dict[str, Any]:
+        head = self.model.get_output_embeddings()
+        return {
+            "revision": identity.model_commit(self.options),
+            "model_type": self.checked.config.model_type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "parameters": _dense_parameters(self.model),
+            "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
+        }
+
+    def run_key(self) -> str:
+        """The key of all that the points of this run come from: runs with the same one have one folder."""
+        checked = self.checked
+        windows = (checked.calibration_windows, checked.validation_windows, checked.redundancy_windows)
+        return content_key(
+            self._content
+            | {
+                "options": self._options_without(_NOT_IN_RUN),
+                "vector": checked.vector,
+                "perplexity": windows_key(self.test_windows),
+                "windows": [None if one is None else windows_key(one) for one in windows],
+                "tasks": self._tasks_content,
+            }
+        )
+
     def point_key(self, target: Target, windows: torch.Tensor | None = None) -> str:
         """The key of a point measured on evaluation windows (N, S), by default the test windows."""
         sliced = target.widths is not None
         calibration = self.calibration_windows
         return content_key(
-            self._dependences
+            self._content
             | {
                 "target": asdict(target),
                 "rotations": self.options.rotations if sliced else None,
-                "options": {name: value for name, value in asdict(self.options).items() if name not in _NOT_IN_KEY},
-                "task files": identity.task_files(self.options.include_path),
+                "options": self._options_without(_NOT_IN_KEY),
+                "tasks": self._tasks_content,
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),
             }
@@ -111,26 +141,32 @@ class Bench:
 
     def redundancy_key(self, windows: torch.Tensor) -> str:
         """The key of LR measured on windows (N, S)."""
-        return content_key(self._dependences | {"windows": windows_key(windows), "batch_size": self.options.batch_size})
+        return content_key(self._content | {"windows": windows_key(windows), "batch_size": self.options.batch_size})
 
-    def _known_dependences(self) -> dict[str, Any]:
-        options = self.options
-        head = self.model.get_output_embeddings()
+    def _model_content(self) -> dict[str, Any]:
+        """What every number of this run depends on, by content."""
+        versions = identity.versions(self.options)
         return {
             "schema": SCHEMA_VERSION,
-            "model": {
-                "revision": identity.model_commit(options),
-                "model_type": self.checked.config.model_type,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "parameters": _dense_parameters(self.model),
-                "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
-            },
-            # a local model is known by its content, whatever its path
-            "model files": identity.model_files(options.model) or options.model,
-            "weights": weights_key(self.model),
-            "versions": identity.versions(options),
+            "model": identity.model_content(self.model),
+            "versions": {name: value for name, value in versions.items() if name != "lm_eval"},
             "device": identity.device_name(self.device),
         }
+
+    @functools.cached_property
+    def _tasks_content(self) -> dict[str, Any] | None:
+        """What the scores depend on besides; None where there are no tasks."""
+        if self.checked.tasks is None:
+            return None
+        options = self.options
+        return {
+            "lm_eval": identity.versions(options)["lm_eval"],
+            "tokenizer": identity.tokenizer_content(self.tokenizer),
+            "tasks": task_content(self.checked.tasks, limit=options.accuracy_limit, num_fewshot=options.num_fewshot),
+        }
+
+    def _options_without(self, names: set[str]) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.options).items() if name not in names}
 
     # ---- measurements
 
@@ -187,14 +223,14 @@ class Bench:
         with on_devices(model, self.device):
             with self._part("perplexity", seconds, memory):
                 nll = window_nll(model, self.test_windows, batch_size=options.batch_size, progress=self.progress)
+            if nll.mean() > _WORST_NLL:
+                raise InputError(
+                    f"the mean negative log likelihood is {nll.mean():.4g} nats, more than {_WORST_NLL}: this is no"
+                    " language model; check its weights and --dtype"
+                )
             if self.checked.tasks is not None:
                 with self._part("tasks", seconds, memory):
                     tasks = self._scores(model)
-        if nll.mean() > _WORST_NLL:
-            raise InputError(
-                f"the mean negative log likelihood is {nll.mean():.4g} nats, more than {_WORST_NLL}: this is no"
-                " language model; check its weights and --dtype"
-            )
         parameters = count_parameters(model)
         point = {
             "key": key,
@@ -208,7 +244,7 @@ class Bench:
             "rotations": None if target.widths is None else options.rotations,
             "calibration": target.calibration,
             "parameters": parameters,
-            "cut": 1 - parameters / self._dependences["model"]["parameters"],
+            "cut": 1 - parameters / self._model_entry["parameters"],
             "perplexity": nll.mean().exp().item(),
             "nll": nll.tolist(),
             "tasks": tasks,
@@ -274,7 +310,7 @@ class Bench:
         write_model_card(
             folder,
             model_name=options.model,
-            revision=self._dependences["model"]["revision"],
+            revision=self._model_entry["revision"],
             slice_percentage=point["mean"],
             slice_base=point["base"],
             widths=point["widths"],
@@ -285,7 +321,7 @@ class Bench:
                 "dense": None if dense is None else dense["perplexity"],
                 "sliced": point["perplexity"],
             },
-            parameters=(self._dependences["model"]["parameters"], point["parameters"]),
+            parameters=(self._model_entry["parameters"], point["parameters"]),
             command=identity.command_line(),
         )
 
@@ -295,4 +331,4 @@ def _dense_parameters(model: PreTrainedModel) -> int:
     if model.config.model_type != "sliced":
         return count_parameters(model)
     with torch.device("meta"):
-        return count_parameters(AutoModelForCausalLM.from_config(model.config.dense()))
+        return count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)))

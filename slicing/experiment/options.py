@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from slicing.tasks import TaskSet
+    from slicing.task_set import TaskSet
 
 REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
 
@@ -141,7 +141,7 @@ def check(options: Options) -> Checked:
 
     from slicing.batches import check_token_ids
     from slicing.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
-    from slicing.tasks import check_fewshot, resolve_tasks
+    from slicing.tasks import check_fewshot, check_tokens, resolve_tasks
     from slicing.text import check_source, is_file, token_windows
 
     resolve_device(options.cuda_device)
@@ -172,6 +172,15 @@ def check(options: Options) -> Checked:
     tokenizer = load_tokenizer(options.model, **where)
 
     vocabulary = config.get_text_config(decoder=True).vocab_size
+    if tasks is not None:
+        check_tokens(
+            tasks,
+            tokenizer,
+            vocabulary,
+            limit=options.accuracy_limit,
+            num_fewshot=options.num_fewshot,
+            seed=options.seed,
+        )
 
     def windows(source: str, split: str, **which: Any) -> "torch.Tensor":
         which |= {"split": split, "seed": options.seed, "text_column": options.text_column}

@@ -15,7 +15,7 @@ from slicing.files import read_json
 Results = dict[str, Any]  # a results.json
 Point = dict[str, Any]  # one of its points
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 2 had no reason of a task's score, and a value for each: read as 3
 KINDS = ("dense", "sweep", "equal-parameters", "confirm")
 _TEXT = {
     "source": ("str", "data set, text file or demo"),
@@ -81,11 +81,15 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "points.nll": ("numbers", "mean negative log likelihood of a token, in nats, for each window (N)"),
     "points.tasks": ("object", "scores by task name; {} where there are none"),
     "points.tasks.*": ("object", "a score; further keys are lm-eval's own"),
-    "points.tasks.*.metric": ("str", "metric that stands for the task"),
-    "points.tasks.*.value": ("number", "its value"),
+    "points.tasks.*.metric": ("str or null", "metric that stands for the task; null where lm-eval gives none"),
+    "points.tasks.*.value": ("number or null", "its value; null where it can't be had"),
+    "points.tasks.*.reason": ("str or null", "why there is no value; null where there is one"),
     "points.tasks.*.stderr": ("number or null", "its standard error"),
     "points.tasks.*.documents": ("int", "documents evaluated"),
-    "points.mean_accuracy": ("number or null", "mean of the values that are accuracies; null where none is"),
+    "points.mean_accuracy": (
+        "number or null",
+        "mean of the values that are accuracies; null where none is, or a score has no value",
+    ),
     "points.seconds": ("object", "wall time by part"),
     **{f"points.seconds.{part}": ("number or null", "null where the part was not run") for part in PARTS},
     "points.peak_memory_bytes": ("object", "highest memory by part, on one card; of the process so far on a CPU"),
@@ -124,7 +128,7 @@ def check_results(results: Results) -> None:
     version = results.get("schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"schema_version is {version!r}, known is {SCHEMA_VERSION}: read it with the code that wrote it"
+            f"schema_version is {version!r}, known are 2 and {SCHEMA_VERSION}: read it with the code that wrote it"
         )
     _check_object(results, "", "")
 
@@ -195,10 +199,24 @@ def read_results(folder: str | Path) -> Results:
     except InputError as error:
         raise InputError(f"{error}: the same experiment run again writes it anew") from error
     try:
+        _upgrade(results)
         check_results(results)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return results
+
+
+def _upgrade(results: Any) -> None:
+    """Turn results of schema 2 into those of today's; what is damaged is left to `check_results`."""
+    if not isinstance(results, dict) or results.get("schema_version") != 2:
+        return
+    results["schema_version"] = SCHEMA_VERSION
+    points = results.get("points")
+    for point in points if isinstance(points, list) else []:
+        tasks = point.get("tasks") if isinstance(point, dict) else None
+        for score in tasks.values() if isinstance(tasks, dict) else []:
+            if isinstance(score, dict):
+                score.setdefault("reason", None)
 
 
 def paired_standard_error(nll: Sequence[float], reference: Sequence[float]) -> float | None:
@@ -237,13 +255,19 @@ def compare(point: Point, reference: Point | None) -> tuple[float | None, float 
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:
-    """Mean of the scores that are accuracies; None where none is: a task's perplexity is not to be averaged."""
+    """Mean of the scores that are accuracies: a task's perplexity is not to be averaged. None where none is one, and
+    where a score has no value: a mean over fewer tasks can't be compared with another point's."""
+    if any(score["value"] is None for score in tasks.values()):
+        return None
     values = [score["value"] for score in tasks.values() if is_accuracy(score)]
     return statistics.fmean(values) if values else None
 
 
 def mean_accuracy_error(point: Point) -> float | None:
-    """Standard error of the mean over the tasks, whose documents are independent; None where a task has none."""
+    """Standard error of the mean over the tasks, whose documents are independent; None where there is no mean, or a
+    task has none."""
+    if mean_accuracy(point["tasks"]) is None:
+        return None
     errors = [score["stderr"] for score in point["tasks"].values() if is_accuracy(score)]
     if not errors or None in errors:
         return None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ class RunFolder:
         try:
             if fresh:
                 self._clear()
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            check_writable(folder)
             for place in (folder, folder / "points", folder / "models"):
                 remove_abandoned(place)
         except OSError as error:
-            raise InputError(f"can't write to {folder} ({error.strerror}): choose another --output-dir") from error
+            raise InputError(f"can't write to {folder}/ ({error.strerror}): choose another --output-dir") from error
 
     def read(self, kind: str, key: str) -> Any:
         """What was written of this kind (point, redundancy or search) with this key, None where nothing was."""
@@ -91,6 +90,16 @@ class RunFolder:
                 file.unlink(missing_ok=True)  # two runs may start over at once
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder; InputError where that or writing to it fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write to {folder}/ ({error.strerror}): choose another --output-dir") from error
+
+
 def is_saved_model(folder: Path) -> bool:
     """Whether a folder holds a whole saved model: its config, and all of its weights, as long as they say they are."""
     from safetensors import SafetensorError, safe_open
@@ -124,12 +133,20 @@ def content_key(content: dict[str, Any]) -> str:
 
 
 def weights_key(model: torch.nn.Module) -> str:
-    """The same for a model's weights: names, shapes and up to 64 values of each parameter, spread over it."""
+    """The same for a model's weights: names, shapes, dtypes and every byte, some GB a second on each core."""
+    tensors = model.state_dict()
+    with ThreadPoolExecutor() as threads:  # hashlib lets other threads run
+        digests = list(threads.map(_digest, tensors.values()))
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.cpu().double().numpy().tobytes())
+    for name, digest in zip(tensors, digests, strict=True):
+        found.update(name.encode() + digest)
     return found.hexdigest()[:16]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def windows_key(windows: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ The same options go on where an earlier run stopped. Under a launcher the ranks 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slicing.experiment.minimum import golden_section, nearest
 from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Options, Target
 from slicing.experiment.ranks import Ranks
 from slicing.experiment.results import Point, Results, best_dynamic_point, dense_point
-from slicing.experiment.store import RunFolder, content_key, is_saved_model
+from slicing.experiment.store import RunFolder, check_writable, content_key, is_saved_model
 from slicing.families import InputError
 from slicing.loading import resolve_device
 from slicing.report.labels import short_model_name, text_name
@@ -26,9 +26,6 @@ from slicing.rotation import sliced_parameters
 
 BASE_TOLERANCE = 0.005  # of --find-base
 _SHARED_FOLDER_DELAY = 90.0  # seconds until a file that one machine wrote must show on another
-# Options that leave the points as they are: runs that differ in these alone have one folder.
-_NOT_IN_NAME = {"output_dir", "fresh", "quiet", "save_model", "compare", "offload", "cuda_device"}
-
 _NAME_BYTES = 80  # of a model's or a text's name in that of a folder: both, mean and hash fit the 255 there are
 
 OnPoint = Callable[[Point, Results], None]
@@ -37,22 +34,25 @@ OnPoint = Callable[[Point, Results], None]
 class Experiment:
     """One run: the bench that its points are measured on, the folder that they are kept in, and the results.
 
-    `folder` is <output_dir>/<model>-<data set>-mean<SP>-<hash of the settings>.
+    `folder` is <output_dir>/<model>-<data set>-mean<SP>-<key of the run>: with another content of the model, the texts
+    or the tasks it is another run, whatever their names.
     """
 
     def __init__(self, checked: Checked, ranks: Ranks) -> None:
         self.checked, self.options, self.ranks = checked, checked.options, ranks
-        path = Path(self.options.output_dir) / run_name(self.options)
         if ranks.first:
-            self.folder = RunFolder(path, fresh=self.options.fresh)
-        ranks.wait()
-        if not ranks.first:
-            self.folder = RunFolder(path)
+            check_writable(Path(self.options.output_dir))  # before the weights are read
         device = resolve_device(ranks.own_device(self.options.cuda_device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self.progress = ranks.first and not self.options.quiet
         self.bench = Bench(checked, device, progress=self.progress, processes=ranks.count)
+        name = run_name(self.options, ranks.from_first(self.bench.run_key() if ranks.first else ""))
+        if ranks.first:
+            self.folder = RunFolder(Path(self.options.output_dir) / name, fresh=self.options.fresh)
+        ranks.wait()
+        if not ranks.first:
+            self.folder = RunFolder(Path(self.options.output_dir) / name)
         self.results: Results = self.bench.header()
         self._points: dict[str, Point] = {}  # finished ones, by key
         self._reported = 0
@@ -241,13 +241,12 @@ class Experiment:
                     self.bench.write_card(point, dense_point(self.results), place)
 
 
-def run_name(options: Options) -> str:
-    """Name of the run's folder: what a person looks for, and a hash of all settings that make its points."""
-    numbers = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_NAME}
+def run_name(options: Options, key: str) -> str:
+    """Name of the run's folder: what a person looks for, and the beginning of the run's key."""
     path = Path(options.model)
     model = short_model_name(str(path.resolve()) if path.name in ("", "..") else options.model)
     model, text = (_folder_name(name) for name in (model, text_name(options.dataset)))
-    return f"{model}-{text}-mean{options.mean:g}-{content_key(numbers)[:8]}"
+    return f"{model}-{text}-mean{options.mean:g}-{key[:8]}"
 
 
 def _folder_name(name: str) -> str:
