@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from slicing.schedule import slice_widths as slice_widths
     from slicing.text import token_windows as token_windows
 
+__version__ = "0.2.0"
+
 _MODULES = {
     "likelihood": ("perplexity",),
     "families": ("InputError",),
@@ -34,6 +36,10 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

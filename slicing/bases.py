@@ -16,23 +16,66 @@ from transformers import PreTrainedModel
 
 from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, attention_step, mlp_step, on_device, parallel_step
-from slicing.families import Family, find_family
+from slicing.families import Family, InputError, find_family
+from slicing.metric import Metric, damped, gradient_metric, metric_basis, oblique
 from slicing.modeling import find_block, is_parallel, part
-from slicing.pca import leading_eigenvectors
+from slicing.pca import Basis, leading_eigenvectors
 
+METRICS = ("pca", "gradient")
 MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
-
-Basis = torch.Tensor | None  # (D, d) fp64 with orthonormal columns; None is the model's own basis, of full width
 
 
 @dataclass
 class Bases:
     """All eigenvectors of the dense model's signals: L input bases and L middle ones (the same where a layer has one),
-    each (D, D), fp32, on the CPU, leading directions first."""
+    each (D, D), fp32, on the CPU, leading directions first. With a metric they are decoders, its G beside them."""
 
     rotations: int
     inputs: list[torch.Tensor] = field(default_factory=list)
     middles: list[torch.Tensor] = field(default_factory=list)
+    metric: Metric | None = None
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class BasisFinder:
+    """The bases of a model's layers from the covariances of their signals: PCA, or the best ones in a metric.
+
+    widths: L of them; None gives each basis all D directions. centred: of a LayerNorm family.
+    """
+
+    hidden_size: int
+    widths: list[int] | None
+    centred: bool
+    metric: Metric | None
+
+    def narrow(self, index: int) -> bool:
+        """Whether a layer has a basis of its own; past the last one there is the model's own."""
+        if self.widths is None:
+            return True
+        return index < len(self.widths) and self.widths[index] < self.hidden_size
+
+    def at_input(self, index: int, covariance: torch.Tensor) -> Basis:
+        """E_i, from the covariance (D, D) of the layer's input."""
+        return self._find(index, covariance, None if self.metric is None else self.metric.inputs[index])
+
+    def at_middle(self, index: int, covariance: torch.Tensor) -> Basis:
+        """M_i, from the covariance (D, D) between attention and MLP."""
+        return self._find(index, covariance, None if self.metric is None else self.metric.middles[index])
+
+    def of_layer(self, index: int, incoming: torch.Tensor, between: torch.Tensor) -> Basis:
+        """The one basis of a layer, from both covariances."""
+        incoming, between = incoming / incoming.diagonal().sum(), between / between.diagonal().sum()
+        covariance = incoming + MIDDLE_WEIGHT * between
+        return self._find(index, covariance, None if self.metric is None else self.metric.mixed(index, MIDDLE_WEIGHT))
+
+    def _find(self, index: int, covariance: torch.Tensor, gradients: torch.Tensor | None) -> Basis:
+        width = self.hidden_size if self.widths is None else self.widths[index]
+        if gradients is not None:
+            metric = damped(gradients, covariance.device, centred=self.centred)
+            return metric_basis(covariance, metric, width, centred=self.centred)
+        vectors = leading_eigenvectors(covariance, width, centred=self.centred)
+        return Basis(vectors, vectors)
 
 
 @torch.no_grad()
@@ -41,6 +84,7 @@ def dense_bases(
     windows: torch.Tensor,
     *,
     rotations: int = 2,
+    metric: str = "pca",
     batch_size: int | None = None,
     device: torch.device | None = None,
     folder: Path | None = None,
@@ -53,76 +97,112 @@ def dense_bases(
     """
     family = find_family(model.config)
     check_weights(model)
-    found = Bases(rotations)
+    found = Bases(rotations, centred=family.layer_norm)
     with evaluation_mode(model):
+        gradients = find_metric(metric, model, family, windows, batch_size, device, progress)
         stream = Stream(model, family, windows, batch_size, device)
-        pairs = find_bases(stream, model, family, rotations, None)
+        finder = BasisFinder(stream.buffer.shape[-1], None, stream.centred, gradients)
         layers = len(part(model, family.layers))
+        pairs = find_bases(stream, model, family, rotations, finder)
         for basis, middle in tqdm(pairs, total=layers, desc="bases", disable=not progress):
-            found.inputs.append(_kept(basis, folder))
-            found.middles.append(found.inputs[-1] if middle is basis else _kept(middle, folder))
+            assert basis is not None
+            assert middle is not None
+            found.inputs.append(_kept(basis.decoder, folder))
+            found.middles.append(found.inputs[-1] if middle is basis else _kept(middle.decoder, folder))
+    if gradients is not None:
+        middles = [None if matrix is None else _kept(matrix, folder) for matrix in gradients.middles]
+        found.metric = Metric([_kept(matrix, folder) for matrix in gradients.inputs], middles)
     return found
 
 
-def _kept(basis: Basis, folder: Path | None) -> torch.Tensor:
-    assert basis is not None
+def leading(bases: Bases, index: int, width: int, device: torch.device) -> tuple[Basis, Basis]:
+    """The bases of `width` of a layer, fp64, on a device."""
+    metric = bases.metric
+
+    def first(decoder: torch.Tensor, gradients: torch.Tensor | None) -> Basis:
+        narrow = decoder[:, :width].to(device).double()
+        return (
+            Basis(narrow, narrow)
+            if gradients is None
+            else oblique(narrow, damped(gradients, device, centred=bases.centred))
+        )
+
+    if bases.middles[index] is bases.inputs[index]:
+        both = first(bases.inputs[index], None if metric is None else metric.mixed(index, MIDDLE_WEIGHT))
+        return both, both
+    middle = first(bases.middles[index], None if metric is None else metric.middles[index])
+    return first(bases.inputs[index], None if metric is None else metric.inputs[index]), middle
+
+
+def find_metric(
+    name: str,
+    model: PreTrainedModel,
+    family: Family,
+    windows: torch.Tensor,
+    batch_size: int | None,
+    device: torch.device | None,
+    progress: bool,
+) -> Metric | None:
+    """The metric of that name, "pca" (none) or "gradient"."""
+    if name not in METRICS:
+        raise InputError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
+    if name == "pca":
+        return None
+    return gradient_metric(model, family, windows, batch_size, device, progress=progress)
+
+
+def _kept(matrix: torch.Tensor, folder: Path | None) -> torch.Tensor:
     if folder is None:
-        return basis.float().cpu()
+        return matrix.float().cpu()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".basis-") as file:
-        mapped = torch.from_file(file.name, shared=True, size=basis.numel(), dtype=torch.float32)
-    return mapped.view(basis.shape).copy_(basis)
+        mapped = torch.from_file(file.name, shared=True, size=matrix.numel(), dtype=torch.float32)
+    return mapped.view(matrix.shape).copy_(matrix)
 
 
 def find_bases(
-    stream: Stream, model: PreTrainedModel, family: Family, rotations: int, widths: list[int] | None
-) -> Iterator[tuple[Basis, Basis]]:
+    stream: Stream, model: PreTrainedModel, family: Family, rotations: int, finder: BasisFinder
+) -> Iterator[tuple[Basis | None, Basis | None]]:
     """Run the stream through the layers and give (E_i, M_i) of each, in order; M_i is E_i in a block with one basis.
 
-    widths None: nothing is projected, and each basis has all D directions.
+    Where the finder has no widths nothing is projected.
     """
     layers = part(model, family.layers)
-    hidden_size, centred = stream.buffer.shape[-1], stream.centred
     last = len(layers) - 1
-    dense = widths is None
+    dense = finder.widths is None
+    narrow = finder.narrow
 
-    def narrow(index: int) -> bool:
-        return index <= last and (widths is None or widths[index] < hidden_size)
-
-    def find(covariance: torch.Tensor, index: int) -> torch.Tensor:
-        return leading_eigenvectors(covariance, hidden_size if widths is None else widths[index], centred=centred)
-
-    def projection(basis: Basis) -> torch.Tensor | None:
+    def projection(basis: Basis | None) -> torch.Tensor | None:
         if basis is None or dense:
             return None
-        return (basis @ basis.T).to(device=stream.device, dtype=stream.buffer.dtype)
+        return (basis.encoder @ basis.decoder.T).to(device=stream.device, dtype=stream.buffer.dtype)
 
     incoming = stream.run(0, lambda batch, args, kwargs: batch, measure=narrow(0))
     for index in range(last + 1):
         layer = on_device(layers[index], stream.device)
         block = find_block(layer, family)
-        basis: Basis = None
-        middle: Basis = None
+        basis: Basis | None = None
+        middle: Basis | None = None
         if is_parallel(layer, block):
             if narrow(index):
-                basis = middle = find(incoming.matrix(), index)
+                basis = middle = finder.at_input(index, incoming.matrix())
             yield basis, middle
             rest = parallel_step
         elif rotations == 1:
             if narrow(index):
                 # the unsliced attention gives the middle; in a dense pass that is the step itself
                 between = stream.run(index, attention_step(layer, block, None), measure=True, keep=dense)
-                basis = middle = find(incoming.normalised() + MIDDLE_WEIGHT * between.normalised(), index)
+                basis = middle = finder.of_layer(index, incoming.matrix(), between.matrix())
             yield basis, middle
             if index < last and not dense:
                 stream.run(index, attention_step(layer, block, projection(basis)), measure=False)
             rest = mlp_step
         else:
             if narrow(index):
-                basis = find(incoming.matrix(), index)
+                basis = finder.at_input(index, incoming.matrix())
             if narrow(index) or index < last:
                 between = stream.run(index, attention_step(layer, block, projection(basis)), measure=narrow(index))
             if narrow(index):
-                middle = find(between.matrix(), index)
+                middle = finder.at_middle(index, between.matrix())
             yield basis, middle
             rest = mlp_step
         if index < last:  # the last layer writes in the model's own basis: its output is not needed

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from slicing.batches import first_batch, windows_at_once
 from slicing.families import Block, Family, InputError
-from slicing.modeling import attention_branch, mlp_branch, part, returns_tuple
+from slicing.modeling import attention_branch, is_parallel, mlp_branch, part, returns_tuple
 from slicing.pca import Covariance
 
 Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Tensor, Any, Any], torch.Tensor]  # stream (B, S, D), a layer's args and kwargs -> stream
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (B, S), the last layer's outputs (B, S, D) -> logits
 
 
 class Stream:
@@ -79,19 +80,41 @@ class _Recorder(nn.Module):
         self.__dict__.update(plain)  # some bodies read attributes of their layers
         self.returns_tuple = returns_tuple(layer)
         self.hidden: torch.Tensor | None = None
+        self.output: torch.Tensor | None = None  # in place of the stream
         self.call: tuple[Any, Any] = ((), {})
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.call = hidden_states, (args, kwargs)
-        return (hidden_states, None) if self.returns_tuple else hidden_states
+        output = hidden_states if self.output is None else self.output
+        return (output, None) if self.returns_tuple else output
 
 
 def _with_recorders(body: nn.Module, name: str, device: torch.device) -> nn.Module:
     """A copy of a body that shares its modules, with recorders for layers; the body itself is not touched."""
-    recorders = nn.ModuleList(_Recorder(layer) for layer in getattr(body, name))
-    shallow = copy.copy(body)
-    shallow._modules = {**body._modules, name: recorders}
-    return on_device(shallow, device)
+    return on_device(_replaced(body, name, nn.ModuleList(_Recorder(layer) for layer in getattr(body, name))), device)
+
+
+def _replaced(module: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    """A copy of a module that shares all its parts but the one at a path."""
+    name, _, rest = path.partition(".")
+    shallow = copy.copy(module)
+    part_there = _replaced(getattr(module, name), rest, replacement) if rest else replacement
+    shallow._modules = {**module._modules, name: part_there}
+    return shallow
+
+
+def head_of(model: PreTrainedModel, family: Family, device: torch.device) -> Head:
+    """What a causal LM does after its last layer, as it does it: its own forward, with the outputs handed in."""
+    recorders = nn.ModuleList(_Recorder(layer) for layer in part(model, family.layers))
+    whole = on_device(_replaced(model, family.layers, recorders), device)
+    last = part(whole, family.layers)[-1]
+
+    def head(ids: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        last.output = outputs
+        logits: torch.Tensor = whole(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return head
 
 
 def on_device(module: nn.Module, device: torch.device) -> nn.Module:
@@ -135,6 +158,13 @@ def parallel_step(layer: nn.Module, block: Block, projection: torch.Tensor | Non
         return stream + attention + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
 
     return step
+
+
+def steps_of(layer: nn.Module, block: Block) -> list[Step]:
+    """A whole layer: attention, then the MLP, or both at once."""
+    if is_parallel(layer, block):
+        return [parallel_step(layer, block, None)]
+    return [attention_step(layer, block, None), mlp_step(layer, block, None)]
 
 
 def _project(stream: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:

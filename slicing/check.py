@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
-from slicing.modeling import SlicedConfig, find_block, has, input_axis, matrix, part, sliced_layer_class
+from slicing.modeling import SlicedConfig, SlicedLayer, find_block, has, input_axis, matrix, of_family, part
+from slicing.pca import Basis
 from slicing.weights import LayerWriter, gained_biases
 
 TOLERANCE = 1e-3  # relative; a right row is off by some 1e-6 in fp32, a wrong one by 1e-2 or more
@@ -140,14 +141,15 @@ class _Trial:
         self.basis = within @ self._orthonormal(rank, rank).to(writer.device)
         middle = within @ self._orthonormal(rank, rank).to(writer.device)
         self.following = self.span @ self._orthonormal(wide, wide).to(writer.device)
-        config = SlicedConfig(
-            text_config=copy.deepcopy(model.config),
+        config = SlicedConfig.of(
+            model.config,
             widths=[rank, wide, *[self.hidden_size] * model.config.num_hidden_layers][: model.config.num_hidden_layers],
             gained_biases=gained_biases(self.dense, find_block(self.dense, family)),
         )
         dense_class: Any = type(layer)
-        self.sliced = sliced_layer_class(dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
-        writer.write(self.dense, self.sliced, self.basis, middle, self.following)
+        self.sliced = of_family(SlicedLayer, dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
+        bases = [Basis(basis, basis) for basis in (self.basis, middle, self.following)]
+        writer.write(self.dense, self.sliced, *bases)
 
     def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
         """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""

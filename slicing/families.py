@@ -1,84 +1,33 @@
 """Where each model family keeps the parts that slicing reads or writes: a table, keyed by `config.model_type`.
 
 The decoder block of every family here is pre-norm: x + A(norm(x)), then h + M(norm(h)) on the result (sequential), or
-x + A(norm(x)) + M(norm(x)) at once (parallel). A row names the modules; no forward is written for a family. Names are
-dotted paths: of `layers` and `tables` below the causal LM, of everything in a `Block` below the decoder layer.
+x + A(norm(x)) + M(norm(x)) at once (parallel). A row names the modules (layouts.py says how); no forward is written for
+a family, and before a model is sliced its layers are checked against their row (check.py).
 
-Imports nothing, since a saved sliced model carries a copy of this file.
+Imports nothing but layouts.py, since a saved sliced model carries copies of both.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from .layouts import (
+    ATTENTION,
+    MLA,
+    MLA_PLAIN_QUERY,
+    MLP,
+    Block,
+    Family,
+    Names,
+    decoder,
+    experts,
+    layer,
+    reads,
+)
+
+__all__ = ["FAMILIES", "REFUSED", "Block", "Family", "InputError", "find_family"]
 
 
 class InputError(ValueError):
     """Something the user gave can't be used; the message says what was got, the limit and what to do."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One layout of a decoder layer."""
-
-    attention: str  # the attention module
-    attention_norm: str
-    attention_in: tuple[str, ...]  # matrices that read the normalised stream
-    attention_out: str  # the matrix that writes to the stream
-    mlp: tuple[str, ...]  # modules run one after another
-    mlp_norm: str  # the attention's own where a parallel block has one norm for both
-    mlp_in: tuple[str, ...]
-    mlp_out: tuple[str, ...]  # several in a mixture of experts
-    parallel: bool | str = False  # or the layer's attribute that says so
-    experts: bool = False  # the MLP's modules return the width that they read
-    scale: str | None = None  # the layer's attribute that multiplies what a branch adds to the stream
-    dropout: tuple[str | None, str | None] = (None, None)  # after attention, after MLP: a module or probability, dotted
-
-    def paths(self) -> tuple[str, ...]:
-        """Every module or parameter named here."""
-        norms = (self.attention_norm, self.mlp_norm)
-        return (
-            self.attention,
-            *norms,
-            *self.attention_in,
-            self.attention_out,
-            *self.mlp,
-            *self.mlp_in,
-            *self.mlp_out,
-        )
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: a model family whose decoder layers can be sliced."""
-
-    layers: str  # the list of decoder layers
-    tables: tuple[str, ...]  # embeddings that are added up to the stream, the token table first
-    blocks: tuple[Block, ...]  # a layer has the first layout whose every name it has
-    layer_norm: bool = False  # LayerNorm (centres), else RMSNorm
-    norm_eps: str | float = "variance_epsilon"  # the norm's attribute, or the constant where it has none
-    norm_offset: float = 0.0  # added to the norm's weight when it is applied
-    whole_tables: bool = False  # the body shapes its output like its embeddings, which so keep their width
-    refuse: Callable[[Any], str | None] = lambda config: None  # why a config of this family can't be sliced
-
-
-def _mlp_block(**names: Any) -> Block:
-    """The layout and names that Llama gave to most of its successors."""
-    llama: dict[str, Any] = {
-        "attention": "self_attn",
-        "attention_norm": "input_layernorm",
-        "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention_out": "self_attn.o_proj",
-        "mlp": ("mlp",),
-        "mlp_norm": "post_attention_layernorm",
-        "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp_out": ("mlp.down_proj",),
-    }
-    return Block(**(llama | names))
-
-
-def _decoder(*blocks: Block, **fields: Any) -> Family:
-    """A family whose body keeps its parts where Llama's does."""
-    return Family(layers="model.layers", tables=("model.embed_tokens",), blocks=blocks or (_mlp_block(),), **fields)
 
 
 def _refuse_opt(config: Any) -> str | None:
@@ -95,155 +44,230 @@ def _refuse_gpt2(config: Any) -> str | None:
     return "it has cross-attention (add_cross_attention)" if config.add_cross_attention else None
 
 
-_EXPERTS_IN = ("mlp.gate", "mlp.experts.gate_up_proj")
-_SHARED = "mlp.shared_expert"
-_GPT_MLP = {"mlp_in": ("mlp.c_fc",), "mlp_out": ("mlp.c_proj",)}
-_FALCON: dict[str, Any] = {
+_ONE_NORM: Names = {"mlp_norm": "input_layernorm", "parallel": True}
+_UP_ONLY: Names = {"mlp_in": ("mlp.up_proj",)}
+_GATE_UP: Names = {"mlp_in": ("mlp.gate_up_proj",)}
+_GPT_NORMS: Names = {"attention": "attn", "attention_norm": "ln_1", "mlp_norm": "ln_2"}
+_GPT_MLP: Names = {"mlp_in": ("mlp.c_fc",), "mlp_out": ("mlp.c_proj",)}
+_FC_MLP: Names = {"mlp_in": ("mlp.fc1",), "mlp_out": ("mlp.fc2",)}
+_FOUR_H_MLP: Names = {"mlp_in": ("mlp.dense_h_to_4h",), "mlp_out": ("mlp.dense_4h_to_h",)}
+_LAYER_NORM: Names = {"layer_norm": True, "norm_eps": "eps"}
+_GEMMA_NORM: Names = {"norm_eps": "eps", "norm_offset": 1.0}
+_PHI3: Names = _GATE_UP | {
+    "attention_in": ("self_attn.qkv_proj",),
+    "dropout": ("resid_attn_dropout", "resid_mlp_dropout"),
+}
+_APERTUS: Names = _UP_ONLY | {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
+_OPT: Names = {
+    "attention_norm": "self_attn_layer_norm",
+    "attention_out": "self_attn.out_proj",
+    "mlp": ("fc1", "activation_fn", "fc2"),
+    "mlp_norm": "final_layer_norm",
+    "mlp_in": ("fc1",),
+    "mlp_out": ("fc2",),
+    "dropout": ("dropout", "dropout"),
+}
+_FALCON: Names = _FOUR_H_MLP | {
     "attention": "self_attention",
     "attention_in": ("self_attention.query_key_value",),
     "attention_out": "self_attention.dense",
-    "mlp_in": ("mlp.dense_h_to_4h",),
-    "mlp_out": ("mlp.dense_4h_to_h",),
 }
-_FALCON_PARALLEL: dict[str, Any] = {"parallel": True, "dropout": ("hidden_dropout", "hidden_dropout")}
-_EXPERTS = _mlp_block(mlp_in=_EXPERTS_IN, mlp_out=("mlp.experts.down_proj",), experts=True)
+_FALCON_PARALLEL: Names = _FALCON | {"parallel": True, "dropout": ("hidden_dropout", "hidden_dropout")}
+_SHARED = (experts(shared="shared_experts"), MLP)  # a layer without experts has Llama's MLP
+_QWEN_SHARED = experts(shared="shared_expert", also="shared_expert_gate")
+_INDEXED = reads(MLA, "self_attn.indexer.wk", "self_attn.indexer.weights_proj")
+_KIMI_READERS = ("self_attn.forget_gate.f_a_proj", "self_attn.b_proj", "self_attn.g_a_proj")
+_BAILING_READERS = ("self_attn.forget_gate.f_proj", "self_attn.b_proj", "self_attn.g_proj")
+
+
+def _mixer(module: str, *readers: str) -> Names:
+    """A mixer in attention's place."""
+    names = tuple(f"{module}.{reader}" for reader in readers)
+    return ATTENTION | {"attention": module, "attention_in": names, "attention_out": f"{module}.out_proj"}
+
+
+_DELTA_NET = (_mixer("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), ATTENTION)
+_JAMBA_MLP: Names = {
+    "mlp": ("feed_forward",),
+    "mlp_in": ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    "mlp_out": ("feed_forward.down_proj",),
+}
+_LFM2 = (_mixer("conv", "in_proj"), ATTENTION | {"attention_out": "self_attn.out_proj"})
+_LFM2_NORMS: Names = {"attention_norm": "operator_norm", "mlp_norm": "ffn_norm"}
+_LFM2_MLP: Names = {
+    "mlp": ("feed_forward",),
+    "mlp_in": ("feed_forward.w1", "feed_forward.w3"),
+    "mlp_out": ("feed_forward.w2",),
+}
+
+_LLAMA_BROTHERS = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "bitnet", "cwm", "diffllama", "ernie4_5", "exaone", "helium"),
+    *("hunyuan_v1_dense", "internlm3", "iquestcoder", "ministral", "ministral3", "seed_oss"),
+)
 
 FAMILIES: dict[str, Family] = {
     # sequential, RMSNorm
-    "llama": _decoder(),
-    "mistral": _decoder(),
-    "qwen2": _decoder(),
-    "qwen3": _decoder(),
-    "smollm3": _decoder(),
-    "phi3": _decoder(
-        _mlp_block(
-            attention_in=("self_attn.qkv_proj",),
-            mlp_in=("mlp.gate_up_proj",),
-            dropout=("resid_attn_dropout", "resid_mlp_dropout"),
-        )
+    **dict.fromkeys(_LLAMA_BROTHERS, decoder()),
+    **dict.fromkeys(("phi3", "phi4_multimodal"), decoder(names=_PHI3)),
+    **dict.fromkeys(("apertus", "apertus1p5_text"), decoder(names=_APERTUS)),
+    **dict.fromkeys(("granite", "granite_swa"), decoder(names={"scale": "residual_multiplier"})),
+    "arcee": decoder(names=_UP_ONLY),
+    "gemma": decoder(**_GEMMA_NORM),
+    "vaultgemma": decoder(names={"mlp_norm": "pre_feedforward_layernorm"}, **_GEMMA_NORM),
+    "glm": decoder(names=_GATE_UP),
+    "nanochat": decoder(names=_FC_MLP, norm_eps="eps", whole_tables=True),  # its body normalises the embedding
+    "moshi": decoder(
+        names=_FC_MLP
+        | {
+            "attention_in": ("self_attn.q_proj.linear", "self_attn.k_proj.linear", "self_attn.v_proj.linear"),
+            "attention_out": "self_attn.o_proj.linear",
+        },
+        norm_eps="eps",
     ),
-    "gemma": _decoder(norm_eps="eps", norm_offset=1.0),
-    "granite": _decoder(_mlp_block(scale="residual_multiplier")),
     # sequential, LayerNorm
-    "opt": Family(
+    "opt": decoder(
+        names=_OPT,
         layers="model.decoder.layers",
         tables=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        blocks=(
-            _mlp_block(
-                attention_norm="self_attn_layer_norm",
-                attention_out="self_attn.out_proj",
-                mlp=("fc1", "activation_fn", "fc2"),
-                mlp_norm="final_layer_norm",
-                mlp_in=("fc1",),
-                mlp_out=("fc2",),
-                dropout=("dropout", "dropout"),
-            ),
-        ),
-        layer_norm=True,
-        norm_eps="eps",
+        **_LAYER_NORM,
         refuse=_refuse_opt,
     ),
-    "gpt2": Family(
+    "biogpt": decoder(
+        names=_OPT,
+        layers="biogpt.layers",
+        tables=("biogpt.embed_tokens", "biogpt.embed_positions"),
+        **_LAYER_NORM,
+    ),
+    "gpt2": decoder(
+        names=_GPT_NORMS | _GPT_MLP | {"attention_in": ("attn.c_attn",), "attention_out": "attn.c_proj"},
         layers="transformer.h",
         tables=("transformer.wte", "transformer.wpe"),
-        blocks=(
-            _mlp_block(
-                attention="attn",
-                attention_norm="ln_1",
-                attention_in=("attn.c_attn",),
-                attention_out="attn.c_proj",
-                mlp_norm="ln_2",
-                **_GPT_MLP,
-            ),
-        ),
-        layer_norm=True,
-        norm_eps="eps",
         whole_tables=True,
+        **_LAYER_NORM,
         refuse=_refuse_gpt2,
     ),
-    "starcoder2": _decoder(_mlp_block(**_GPT_MLP), layer_norm=True, norm_eps="eps"),
-    "stablelm": _decoder(
-        _mlp_block(dropout=(None, "dropout")),
-        _mlp_block(mlp_norm="input_layernorm", parallel=True, dropout=(None, "dropout")),
-        layer_norm=True,
-        norm_eps="eps",
+    "gpt_neo": decoder(
+        names=_GPT_NORMS
+        | _GPT_MLP
+        | {
+            "attention_in": ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+            "attention_out": "attn.attention.out_proj",
+        },
+        layers="transformer.h",
+        tables=("transformer.wte", "transformer.wpe"),
+        whole_tables=True,
+        **_LAYER_NORM,
     ),
-    "olmo": _decoder(layer_norm=True, norm_eps=1e-5),
+    "starcoder2": decoder(names=_GPT_MLP, **_LAYER_NORM),
+    "jais2": decoder(names=_UP_ONLY, **_LAYER_NORM),
+    "nemotron": decoder(names=_UP_ONLY, norm_offset=1.0, **_LAYER_NORM),
+    "persimmon": decoder(
+        names=_FOUR_H_MLP
+        | {
+            "attention_in": ("self_attn.query_key_value",),
+            "attention_out": "self_attn.dense",
+            "dropout": (None, "dropout"),
+        },
+        **_LAYER_NORM,
+    ),
+    "stablelm": decoder(
+        blocks=(layer(dropout=(None, "dropout")), layer(**_ONE_NORM, dropout=(None, "dropout"))), **_LAYER_NORM
+    ),
+    "olmo": decoder(layer_norm=True, norm_eps=1e-5),
     # parallel
-    "gpt_neox": Family(
+    "gpt_neox": decoder(
+        names=_FOUR_H_MLP
+        | {
+            "attention": "attention",
+            "attention_in": ("attention.query_key_value",),
+            "attention_out": "attention.dense",
+            "parallel": "use_parallel_residual",
+            "dropout": ("post_attention_dropout", "post_mlp_dropout"),
+        },
         layers="gpt_neox.layers",
         tables=("gpt_neox.embed_in",),
+        **_LAYER_NORM,
+    ),
+    "phi": decoder(
+        names=_ONE_NORM | _FC_MLP | {"attention_out": "self_attn.dense", "dropout": ("resid_dropout", "resid_dropout")},
+        **_LAYER_NORM,
+    ),
+    "falcon": decoder(
         blocks=(
-            _mlp_block(
-                attention="attention",
-                attention_in=("attention.query_key_value",),
-                attention_out="attention.dense",
-                mlp_in=("mlp.dense_h_to_4h",),
-                mlp_out=("mlp.dense_4h_to_h",),
-                parallel="use_parallel_residual",
-                dropout=("post_attention_dropout", "post_mlp_dropout"),
-            ),
+            layer(**_FALCON, dropout=("config.attention_dropout", "hidden_dropout")),
+            layer(**_FALCON_PARALLEL, mlp_norm="input_layernorm"),
+            layer(**_FALCON_PARALLEL, attention_norm="ln_attn", mlp_norm="ln_mlp"),
         ),
-        layer_norm=True,
-        norm_eps="eps",
-    ),
-    "phi": _decoder(
-        _mlp_block(
-            attention_out="self_attn.dense",
-            mlp_norm="input_layernorm",
-            mlp_in=("mlp.fc1",),
-            mlp_out=("mlp.fc2",),
-            parallel=True,
-            dropout=("resid_dropout", "resid_dropout"),
-        ),
-        layer_norm=True,
-        norm_eps="eps",
-    ),
-    "falcon": Family(
         layers="transformer.h",
         tables=("transformer.word_embeddings",),
-        blocks=(
-            _mlp_block(**_FALCON, dropout=("config.attention_dropout", "hidden_dropout")),
-            _mlp_block(**_FALCON, **_FALCON_PARALLEL, mlp_norm="input_layernorm"),
-            _mlp_block(**_FALCON, **_FALCON_PARALLEL, attention_norm="ln_attn", mlp_norm="ln_mlp"),
-        ),
-        layer_norm=True,
-        norm_eps="eps",
+        **_LAYER_NORM,
     ),
-    "gptj": Family(
-        layers="transformer.h",
-        tables=("transformer.wte",),
-        blocks=(
-            _mlp_block(
-                attention="attn",
-                attention_norm="ln_1",
-                attention_in=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-                attention_out="attn.out_proj",
-                mlp_norm="ln_1",
-                mlp_in=("mlp.fc_in",),
-                mlp_out=("mlp.fc_out",),
-                parallel=True,
-            ),
-        ),
-        layer_norm=True,
-        norm_eps="eps",
-        whole_tables=True,
+    **{
+        name: decoder(
+            names=_GPT_NORMS
+            | {
+                "attention_in": readers,
+                "attention_out": "attn.out_proj",
+                "mlp_norm": "ln_1",
+                "mlp_in": ("mlp.fc_in",),
+                "mlp_out": ("mlp.fc_out",),
+                "parallel": True,
+            },
+            layers="transformer.h",
+            tables=("transformer.wte",),
+            whole_tables=True,
+            **_LAYER_NORM,
+        )
+        for name, readers in {
+            "gptj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            "codegen": ("attn.qkv_proj",),
+        }.items()
+    },
+    **dict.fromkeys(("cohere", "cohere2", "cohere_compass_text"), decoder(names=_ONE_NORM, layer_norm=True)),
+    # mixture of experts
+    **dict.fromkeys(("mixtral", "olmoe", "mellum", "minimax_m2"), decoder(mlps=(experts(),))),
+    **dict.fromkeys(("qwen3_moe", "mimo_v2_flash"), decoder(mlps=(experts(), MLP))),
+    **dict.fromkeys(("dots1", "exaone_moe", "glm4_moe", "hy_v3", "sarvam_moe"), decoder(mlps=_SHARED)),
+    "solar_open": decoder(mlps=(experts(shared="shared_experts"),)),
+    "laguna": decoder(reads(ATTENTION, "self_attn.g_proj"), mlps=_SHARED),
+    "qwen2_moe": decoder(mlps=(_QWEN_SHARED, MLP)),
+    "flint": decoder(mlps=(experts(shared="shared_expert"), MLP)),
+    "hunyuan_v1_moe": decoder(mlps=(experts("gate.wg", shared="shared_mlp"),)),
+    "minimax_m3_vl_text": decoder(
+        mlps=(experts(shared="shared_experts", gate_up="gate_up_proj"), _GATE_UP), **_GEMMA_NORM
     ),
-    "cohere": _decoder(_mlp_block(mlp_norm="input_layernorm", parallel=True), layer_norm=True),
-    # mixture of experts; a layer without experts has Llama's layout
-    "mixtral": _decoder(_EXPERTS),
-    "qwen2_moe": _decoder(
-        _mlp_block(
-            mlp_in=(*_EXPERTS_IN, f"{_SHARED}.gate_proj", f"{_SHARED}.up_proj", "mlp.shared_expert_gate"),
-            mlp_out=("mlp.experts.down_proj", f"{_SHARED}.down_proj"),
-            experts=True,
-        ),
-        _mlp_block(),
+    # multi-head latent attention
+    "minicpm3": decoder(MLA, names={"scale": "residual_scale"}),
+    "youtu": decoder(MLA),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"), decoder(MLA, MLA_PLAIN_QUERY, mlps=_SHARED)
     ),
-    "qwen3_moe": _decoder(_EXPERTS, _mlp_block()),
+    "deepseek_v32": decoder(_INDEXED, mlps=_SHARED),
+    # hybrids: another mixer in some layers
+    "qwen3_5_text": decoder(*_DELTA_NET, **_GEMMA_NORM),
+    "qwen3_5_moe_text": decoder(*_DELTA_NET, mlps=(_QWEN_SHARED,), **_GEMMA_NORM),
+    "qwen3_next": decoder(
+        _mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"), ATTENTION, mlps=(_QWEN_SHARED, MLP), **_GEMMA_NORM
+    ),
+    "lara_mini": decoder(*_DELTA_NET, mlps=(experts(shared="shared_expert"),)),
+    "kimi_linear": decoder(reads(ATTENTION, *_KIMI_READERS), MLA, MLA_PLAIN_QUERY, mlps=_SHARED),
+    "bailing_hybrid": decoder(
+        reads(ATTENTION, *_BAILING_READERS),
+        reads(MLA, "self_attn.g_proj"),
+        reads(MLA_PLAIN_QUERY, "self_attn.g_proj"),
+        mlps=_SHARED,
+    ),
+    "jamba": decoder(
+        _mixer("mamba", "in_proj"),
+        ATTENTION,
+        mlps=(experts("router", module="feed_forward"), _JAMBA_MLP),
+        names={"mlp_norm": "pre_ff_layernorm"},
+    ),
+    "lfm2": decoder(*_LFM2, mlps=(_LFM2_MLP,), names=_LFM2_NORMS),
+    "lfm2_moe": decoder(*_LFM2, mlps=(experts(module="feed_forward"), _LFM2_MLP), names=_LFM2_NORMS),
 }
 
-_POST_NORM = "it normalises a block's output before adding it, so no rotation passes through"
+_POST_NORM = "it normalises a block's output before adding it, which slicing does not handle"
 REFUSED: dict[str, str] = dict.fromkeys(
     ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _POST_NORM
 )
@@ -257,11 +281,9 @@ def find_family(config: Any) -> Family:
     if model_type == "sliced":
         raise InputError("can't slice 'sliced': it is sliced already, and can only be evaluated (--mean 0)")
     if model_type in REFUSED:
-        raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}; choose one of {', '.join(FAMILIES)}")
+        raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise InputError(
-            f"unknown model family {model_type!r}: choose one of {', '.join(FAMILIES)}, or add a row to families.py"
-        )
+        raise InputError(f"can't slice {model_type!r}: it is none of the {len(FAMILIES)} model types in families.py")
     family = FAMILIES[model_type]
     if reason := family.refuse(config):
         raise InputError(f"can't slice this {model_type!r} model: {reason}")

@@ -178,13 +178,12 @@ def _demo_place() -> tuple[str, str]:
 
 
 def _register_sliced() -> None:
-    """Let Transformers' Auto classes know this project's sliced models, so that they load without remote code."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Let Transformers know this project's sliced models, so that they load without remote code."""
+    from transformers import AutoConfig
 
-    from slicing.modeling import SlicedConfig, SlicedForCausalLM
+    from slicing.modeling import SlicedConfig
 
     AutoConfig.register(SlicedConfig.model_type, SlicedConfig, exist_ok=True)
-    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)
 
 
 def _auto_config(name: str, folder: str, **options: Any) -> "PretrainedConfig":

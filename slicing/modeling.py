@@ -1,64 +1,133 @@
 """The sliced model: a family's own causal LM with sliced decoder layers, as it runs, is saved and is loaded again.
 
-A saved folder carries copies of this file and of `families.py`, so it imports nothing else of this project.
+Configuration, decoder layer, body, causal LM and classifier are classes for any family. `of_family` makes the class of
+one family, which is a subclass of the family's own too: fields, forward, masks, caches and names of weights are its.
+
+A saved folder carries copies of this file, of `families.py` and of `layouts.py`, so it imports nothing else of this
+project.
 """
 
+import copy
 import math
 import os
-from functools import cache, reduce, wraps
+from dataclasses import field
+from functools import cache, reduce
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .families import Block, Family, InputError, find_family
+from .families import FAMILIES, Block, Family, InputError
 
 
-class SlicedConfig(PretrainedConfig):  # type: ignore[misc]
-    """Configuration of a sliced model.
+class OfFamily:
+    """What is written once for all families, and is a subclass of the family's own class wherever it is used."""
 
-    text_config: the whole config of the model that was sliced, its hidden size D included.
+    dense_class: ClassVar[Any] = None  # the family's own class
+    any_family: ClassVar[Any]  # the class that was written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unfilled, (self.any_family, self.dense_class), self.__dict__  # pickle can't find the class by its name
+
+
+class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
+    """Configuration of a sliced model: the fields of the model that was sliced, its hidden size D included, and these.
+
+    dense_model_type: the model_type of the model that was sliced, a row of families.py.
     widths: L widths d_i in [1, D], the hidden size that decoder layer i reads.
     rotations: 2 (a basis before attention and one before the MLP) or 1 (one basis a layer).
     gained_biases: paths, below a decoder layer, of the linear layers that have a bias only since slicing: the norm's.
-    Raises ValueError where the widths don't fit the text_config.
+    embedding_size: the width of the token table, D or d_0; it follows from the other fields.
+    Raises ValueError where these don't fit the other fields.
     """
 
     model_type = "sliced"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     _auto_class = "AutoConfig"
 
-    def __init__(
-        self,
-        text_config: Any = None,
-        widths: list[int] | None = None,
-        rotations: int = 2,
-        gained_biases: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
-        self.widths = widths or []
-        self.rotations = rotations
-        self.gained_biases = gained_biases or []
-        if text_config is not None:  # Transformers also builds a config without arguments, to tell defaults
-            layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
-            fit = [isinstance(width, int) and 1 <= width <= hidden_size for width in self.widths]
-            if len(fit) != layers or not all(fit):
-                raise ValueError(f"widths must be {layers} integers from 1 to {hidden_size}, got {self.widths}")
-            if rotations not in (1, 2):
-                raise ValueError(f"rotations must be 1 or 2, got {rotations}")
-            kwargs["tie_word_embeddings"] = text_config.tie_word_embeddings
-        super().__init__(**kwargs)
+    dense_model_type: str = ""
+    widths: list[int] = field(default_factory=list)
+    rotations: int = 2
+    gained_biases: list[str] = field(default_factory=list)
+    embedding_size: int = 0
+
+    def __new__(cls, **fields: Any) -> Self:
+        """An instance of the family's class."""
+        if cls.dense_class is not None:
+            return object.__new__(cls)
+        family = fields.get("dense_model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"dense_model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+        if not fields.get("widths"):
+            raise ValueError(f"widths must be a list with an integer for each layer, got {fields.get('widths')}")
+        found: Self = unfilled(cls, CONFIG_MAPPING[family])
+        return found
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.widths:  # Transformers also builds a config without arguments, to tell defaults
+            self._complete()
+
+    @classmethod
+    def of(cls, dense: PretrainedConfig, **fields: Any) -> Self:
+        """The configuration of a sliced model that has all that a dense one's says but where the model came from."""
+        found: Self = unfilled(cls, CONFIG_MAPPING[dense.model_type])
+        found.__dict__.update(copy.deepcopy(dense.__dict__))
+        found.__dict__.pop("auto_map", None)
+        for name, value in ({"widths": [], "rotations": 2, "gained_biases": []} | fields).items():
+            setattr(found, name, value)
+        found.name_or_path = ""
+        found._complete()
+        return found
+
+    def dense(self) -> PretrainedConfig:
+        """The configuration of the model that was sliced: all fields but those of slicing."""
+        found = object.__new__(self.dense_class)
+        own = {*SlicedConfig.__annotations__, "auto_map"}
+        found.__dict__.update({name: value for name, value in copy.deepcopy(self.__dict__).items() if name not in own})
+        found.architectures = None
+        return found
+
+    def _complete(self) -> None:
+        """Check the fields of slicing, and fill in those that follow from others."""
+        layers, hidden_size, widths = self.num_hidden_layers, int(self.hidden_size), self.widths
+        fit = [isinstance(width, int) and 1 <= width <= hidden_size for width in widths]
+        if len(fit) != layers or not all(fit):
+            raise ValueError(f"widths must be {layers} integers from 1 to {hidden_size}, got {widths}")
+        if self.rotations not in (1, 2):
+            raise ValueError(f"rotations must be 1 or 2, got {self.rotations}")
+        self.dense_model_type = str(self.dense_class.model_type)
+        whole = getattr(self, "tie_word_embeddings", False) or FAMILIES[self.dense_model_type].whole_tables
+        self.embedding_size = hidden_size if whole else widths[0]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also from the first versions' config.json, where the dense model's fields are nested as `text_config`."""
+        if "text_config" in config_dict:
+            own = {name: value for name, value in config_dict.items() if name != "text_config"}
+            dense = config_dict["text_config"]
+            config_dict = {**dense, **own, "dense_model_type": dense.get("model_type")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save config.json, with the classes of this file by which the Auto classes open the folder."""
+        module = __name__.rpartition(".")[2]
+        self.auto_map = {model.auto.__name__: f"{module}.{model.__name__}" for model in MODELS}
+        super().save_pretrained(save_directory, **kwargs)
 
 
-class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
     """A decoder layer that reads a stream of width d_i and writes one of width d_{i+1}.
 
     Takes over the modules of a dense layer of the family, gives those that touch the stream their new widths (with
@@ -66,12 +135,10 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     shortcut stands.
     """
 
-    dense_class: ClassVar[Any]  # the family's own layer
-
     def __init__(self, layer: nn.Module, family: Family, config: SlicedConfig, index: int, projected: bool) -> None:
-        nn.Module.__init__(self)  # not the dense layer's, which `sliced_layer_class` puts behind this class
+        nn.Module.__init__(self)  # not the dense layer's, which `of_family` puts behind this class
         self.__dict__.update(layer.__dict__)  # its modules, and attributes that the family's body or forward reads
-        hidden_size = config.text_config.hidden_size
+        hidden_size = config.hidden_size
         width, self.next_width = [*config.widths, hidden_size][index : index + 2]
         self.block = find_block(layer, family)
         self.parallel = is_parallel(layer, self.block)
@@ -95,7 +162,7 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def _read(self, family: Family, config: SlicedConfig, width: int) -> None:
         """Give the norms and the matrices that read the stream their width."""
         for path in {self.block.attention_norm, self.block.mlp_norm}:
-            narrow_norm(self, path, family, width, config.text_config.hidden_size)
+            narrow_norm(self, path, family, width, config.hidden_size)
         for paths, inputs in ((self.block.attention_in, width), (self.block.mlp_in, self.mlp_width)):
             for path in paths:
                 resize(self, path, inputs)
@@ -109,9 +176,6 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(getattr(owner, name).new_empty(outputs, inputs))
         return linear
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return empty_layer, (self.dense_class,), self.__dict__  # pickle can't find this class by its name
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states (B, S, d_i) -> (B, S, d_{i+1}); all further arguments go to the attention module untouched."""
@@ -135,9 +199,9 @@ class SlicedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return (stream, weights) if self.returns_tuple else stream
 
 
-class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A sliced causal LM. `model` is the family's own causal LM: its embeddings, body, final norm and head run as they
-    are, with `SlicedLayer`s for layers, so that masks, caches, attention implementations and logits are the family's.
+class SlicedPreTrainedModel(OfFamily, PreTrainedModel):  # type: ignore[misc]
+    """What the sliced models have in common: the family's own model runs as it is, with `SlicedLayer`s for layers, so
+    that masks, caches, attention implementations and outputs are the family's.
 
     The token table is (V, D) where it is tied to the head or shapes the body's output, else (V, d_0). With
     `output_hidden_states` the states are what the layers read, (B, S, d_i) (of layer 0 what the table gives), and last
@@ -145,49 +209,36 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
 
     config_class = SlicedConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _auto_class = "AutoModelForCausalLM"
+    auto: ClassVar[Any]  # the Auto class that opens a saved one
     _no_split_modules: ClassVar[list[str]] = ["SlicedLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache", "layer_past"]
+    _supports_attention_backend = True  # asked of the class in a folder, which is of no family yet
 
-    def __init__(self, config: SlicedConfig) -> None:
-        super().__init__(config)
-        # from_pretrained sets the wanted dtype as the default one; from_config would go by the text_config's
-        self.model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
-        slice_modules(self.model, config)
-        self.post_init()
+    def __new__(cls, config: SlicedConfig, *args: Any, **kwargs: Any) -> Self:
+        """An instance of the family's class."""
+        if cls.dense_class is not None:
+            return object.__new__(cls)
+        found: Self = unfilled(cls, dense_model_class(cls.auto, config))
+        return found
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """What the family's own causal LM takes (its cache and `inputs_embeds` among `kwargs`) and returns."""
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
-        return self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Transformers goes by the source that a class stands in: the family's."""
+        return bool(cls.dense_class._can_set_attn_implementation())
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() goes by the signature
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own."""
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As for attention."""
+        return bool(cls.dense_class._can_set_experts_implementation())
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The family's own: the token table keeps its width, and the head is resized with it."""
-        return self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[no-any-return]
+    def post_init(self) -> None:
+        """Called at the end of the family's constructor: the dense modules are there."""
+        slice_modules(self, self.config)
+        super().post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head (V, D), which reads the original basis."""
-        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Also from folders of the first versions, where the causal LM stood below `model`."""
+        return super().from_pretrained(*args, **({"key_mapping": _FIRST_NAMES} | kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the tensors under the names they have here: Transformers' renaming to the original checkpoints' names
@@ -195,32 +246,87 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().save_pretrained(save_directory, **({"save_original_format": False} | kwargs))
 
 
-def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
-    """Give a family's causal LM, in place, the layers and tables of a sliced model; changed weights are left empty."""
-    family = find_family(config.text_config)
-    narrow = config.widths[0] < config.text_config.hidden_size
-    projected = narrow and (config.tie_word_embeddings or family.whole_tables)
-    if narrow and not projected:
-        for path in family.tables:
-            table = part(model, path)
-            table.embedding_dim = config.widths[0]
-            table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.widths[0]))
-            table._is_hf_initialized = False
-    layers = part(model, family.layers)
-    for index, layer in enumerate(layers):
-        layers[index] = sliced_layer_class(layer.__class__)(layer, family, config, index, projected)
+class SlicedModel(SlicedPreTrainedModel):
+    """A sliced body: what it gives, the head reads."""
+
+    auto = AutoModel
+    _auto_class = "AutoModel"
+
+
+class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A sliced causal LM."""
+
+    auto = AutoModelForCausalLM
+    _auto_class = "AutoModelForCausalLM"
+
+
+class SlicedForSequenceClassification(SlicedPreTrainedModel):
+    """A sliced body under a classifier, which a new one has still to learn."""
+
+    auto = AutoModelForSequenceClassification
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+MODELS = (SlicedModel, SlicedForCausalLM, SlicedForSequenceClassification)
+_FIRST_NAMES = {r"^model\.(?=(?:model|transformer|gpt_neox|lm_head|embed_out)\.)": ""}
 
 
 @cache
-def sliced_layer_class(dense: Any) -> type[SlicedLayer]:
-    """SlicedLayer as a subclass of the family's layer, the class by which Transformers captures hidden states."""
-    return type("SlicedLayer", (SlicedLayer, dense), {"__module__": __name__, "dense_class": dense})
+def of_family(sliced: Any, dense: Any) -> Any:
+    """A class of this file for one family: a subclass of it and of the family's own class.
+
+    By the latter Transformers captures hidden states, and finds what it tells apart by class. The Auto classes learn
+    which models a configuration belongs to.
+    """
+    names = {"__module__": sliced.__module__, "dense_class": dense, "any_family": sliced}
+    if issubclass(sliced, SlicedPreTrainedModel):
+        names["_supports_attention_backend"] = dense._supports_attention_backend
+    found: Any = type(sliced.__name__, (sliced, dense), names)
+    if issubclass(sliced, SlicedConfig):
+        for model in MODELS:
+            model.auto.register(found, model, exist_ok=True)
+    return found
 
 
-def empty_layer(dense: Any) -> SlicedLayer:
-    """A SlicedLayer without content, to be filled by `copy` or `pickle`."""
-    layer_class = sliced_layer_class(dense)
-    return layer_class.__new__(layer_class)
+def unfilled(sliced: Any, dense: Any) -> Any:
+    """An instance without content of a family's class, to be filled by its constructor, `copy` or `pickle`."""
+    return object.__new__(of_family(sliced, dense))
+
+
+def dense_model_class(auto: Any, config: SlicedConfig) -> Any:
+    """The class by which an Auto class opens the family's dense models; a classifier for families without one."""
+    family = CONFIG_MAPPING[config.dense_model_type]
+    if auto is AutoModelForSequenceClassification and family not in auto._model_mapping:
+        return _classifier(AutoModel._model_mapping[family].__base__)
+    return auto._model_mapping[family]
+
+
+@cache
+def _classifier(family: Any) -> Any:
+    names = {"__module__": family.__module__, "base_model_prefix": family.base_model_prefix}
+    return type("ForSequenceClassification", (GenericForSequenceClassification, family), names)
+
+
+def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
+    """Give a family's model, in place, the layers and tables of a sliced one; changed weights are left empty."""
+    family = FAMILIES[config.dense_model_type]
+    projected = config.embedding_size > config.widths[0]
+    layers = part(model.base_model, below_body(family.layers))
+    if isinstance(layers[0], SlicedLayer):  # a classifier's body, made as a sliced one
+        return
+    if config.embedding_size < config.hidden_size:
+        for path in family.tables:
+            table = part(model.base_model, below_body(path))
+            table.embedding_dim = config.embedding_size
+            table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.embedding_size))
+            table._is_hf_initialized = False
+    for index, layer in enumerate(layers):
+        layers[index] = of_family(SlicedLayer, layer.__class__)(layer, family, config, index, projected)
+
+
+def below_body(path: str) -> str:
+    """A path of families.py, which starts at the causal LM, as it is below its body."""
+    return path.partition(".")[2]
 
 
 def part(layer: nn.Module, path: str) -> Any:
@@ -322,7 +428,8 @@ def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_
         sliced = nn.RMSNorm(width, eps=eps, dtype=like.dtype, device=like.device)
         setattr(part(layer, owner) if owner else layer, name, sliced)
     else:
-        norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
+        if getattr(norm, "weight", None) is not None:
+            norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
         setattr(norm, str(family.norm_eps), eps)
 
 

@@ -1,5 +1,7 @@
 """PCA of a stream of activations: its uncentred covariance, summed in fp64 in effect, and the leading eigenvectors."""
 
+from typing import NamedTuple
+
 import torch
 
 from slicing.families import InputError
@@ -9,6 +11,18 @@ _FP64_TOKENS = 16384
 _COLUMNS = {"cuda": 512}  # of a block of the lower triangle: wide enough to fill the device
 _CPU_COLUMNS = 128
 _DAMPING = 0.01  # of the mean of the diagonal
+
+
+class Basis(NamedTuple):
+    """A narrow basis of the stream: x (D) -> z = E^T x (d) -> Q z, with E^T Q = 1. Of PCA both are the same tensor."""
+
+    decoder: torch.Tensor  # Q (D, d), fp64, orthonormal columns: readers get W Q, and |z| is |Q z|
+    encoder: torch.Tensor  # E (D, d), fp64: writers get E^T W
+
+    @property
+    def width(self) -> int:
+        """d"""
+        return self.decoder.shape[1]
 
 
 class Covariance:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from slicing.bases import Bases, Basis, find_bases
+from slicing.bases import Bases, BasisFinder, find_bases, find_metric, leading
 from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, copy_of
 from slicing.check import check_classes, check_layers, check_names
@@ -26,6 +26,7 @@ from slicing.modeling import (
     part,
     slice_modules,
 )
+from slicing.pca import Basis
 from slicing.weights import LayerWriter, fill, gained_biases
 
 
@@ -36,6 +37,7 @@ def rotate_and_slice(
     widths: list[int],
     *,
     rotations: int = 2,
+    metric: str = "pca",
     batch_size: int | None = None,
     device: torch.device | None = None,
     progress: bool = False,
@@ -47,6 +49,7 @@ def rotate_and_slice(
     windows: (N, S) calibration token ids.
     widths: L numbers d_i in [1, D] (schedule.slice_widths).
     rotations: 2, a basis before attention and another before the MLP, or 1, one basis a layer.
+    metric: "pca", directions of most variance, or "gradient", those that the loss depends on most (metric.py).
     batch_size: windows run at once; None chooses by the device.
     device: where the layers run; other than the model's, a layer at a time is copied there.
     progress: show a bar over the layers on stderr.
@@ -56,8 +59,10 @@ def rotate_and_slice(
     check_weights(model)
     slicer = _Slicer(model, widths, rotations, device)
     with evaluation_mode(model):
+        gradients = find_metric(metric, model, slicer.family, windows, batch_size, slicer.device, progress)
         stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
-        return slicer.slice(find_bases(stream, model, slicer.family, rotations, widths), progress)
+        finder = BasisFinder(model.config.hidden_size, widths, stream.centred, gradients)
+        return slicer.slice(find_bases(stream, model, slicer.family, rotations, finder), progress)
 
 
 @torch.no_grad()
@@ -71,17 +76,11 @@ def slice_with_bases(
 ) -> SlicedForCausalLM:
     """Slice a model with the bases of `dense_bases`: no calibration, the leading d_i directions of each basis."""
     slicer = _Slicer(model, widths, bases.rotations, device)
-    hidden_size = model.config.hidden_size
 
-    def leading(basis: torch.Tensor, width: int) -> Basis:
-        if width == hidden_size:
-            return None
-        return basis[:, :width].to(slicer.writer.device).double()
-
-    def chosen() -> Iterator[tuple[Basis, Basis]]:
-        for basis, middle, width in zip(bases.inputs, bases.middles, widths, strict=True):
-            narrow = leading(basis, width)
-            yield narrow, narrow if middle is basis else leading(middle, width)
+    def chosen() -> Iterator[tuple[Basis | None, Basis | None]]:
+        for index, width in enumerate(widths):
+            full = width == model.config.hidden_size
+            yield (None, None) if full else leading(bases, index, width, slicer.writer.device)
 
     return slicer.slice(chosen(), progress)
 
@@ -101,10 +100,10 @@ class _Slicer:
         self.sliced = _skeleton(model, self.family, widths, rotations)
         self.sliced.check_seconds = seconds
 
-    def slice(self, bases: Iterator[tuple[Basis, Basis]], progress: bool) -> SlicedForCausalLM:
+    def slice(self, bases: Iterator[tuple[Basis | None, Basis | None]], progress: bool) -> SlicedForCausalLM:
         """Fill in each layer as soon as the basis of the next one is known."""
-        sliced_layers = part(self.sliced.model, self.family.layers)
-        previous: tuple[Basis, Basis] | None = None
+        sliced_layers = part(self.sliced, self.family.layers)
+        previous: tuple[Basis | None, Basis | None] | None = None
         for index, pair in enumerate(tqdm(bases, total=len(self.layers), desc="slice", disable=not progress)):
             if previous is None:
                 self._write_embedding(pair[0], sliced_layers[0])
@@ -115,16 +114,16 @@ class _Slicer:
         self.writer.write(self.layers[-1], sliced_layers[-1], *previous, None)
         return self.sliced
 
-    def _write_embedding(self, basis: Basis, first: SlicedLayer) -> None:
+    def _write_embedding(self, basis: Basis | None, first: SlicedLayer) -> None:
         if basis is None:
             return
         if first.embedding_projection is not None:
-            fill(first.embedding_projection.weight, basis.T)
+            fill(first.embedding_projection.weight, basis.encoder.T)
             return
         for path in self.family.tables:
-            dense, sliced = part(self.model, path).weight, part(self.sliced.model, path).weight
+            dense, sliced = part(self.model, path).weight, part(self.sliced, path).weight
             for rows, target in zip(torch.split(dense, 16384), torch.split(sliced, 16384), strict=True):
-                fill(target, self.writer.fp64(rows) @ basis)
+                fill(target, self.writer.fp64(rows) @ basis.encoder)
 
 
 def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int) -> int:
@@ -134,19 +133,15 @@ def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int)
 
 
 def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:
-    text_config = copy.deepcopy(model.config)
-    text_config.tie_word_embeddings = _is_tied(model)
     first = part(model, family.layers)[0]
-    config = SlicedConfig(
-        text_config=text_config,
+    return SlicedConfig.of(
+        model.config,
         widths=list(widths),
         rotations=rotations,
         gained_biases=gained_biases(first, find_block(first, family)),
+        tie_word_embeddings=_is_tied(model),
         dtype=next(model.parameters()).dtype,
     )
-    for choice in ("_attn_implementation", "_experts_implementation"):  # a new outer config resets them
-        setattr(text_config, choice, getattr(model.config, choice))
-    return config
 
 
 def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
@@ -154,9 +149,10 @@ def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotatio
     config = _sliced_config(model, family, widths, rotations)
     with torch.device("meta"):
         sliced = SlicedForCausalLM(config)
-    check_classes(model, sliced.model)
-    sliced.model = copy_of(model, known={id(model.config): config.text_config})
-    slice_modules(sliced.model, config)
+    check_classes(model, sliced)
+    for name, module in copy_of(model, known={id(model.config): config}).named_children():
+        setattr(sliced, name, module)
+    slice_modules(sliced, config)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.eval()
     return sliced

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicing.bases import Basis
 from slicing.families import Block, Family
 from slicing.modeling import SlicedLayer, input_axis, matrix, part
+from slicing.pca import Basis
 
 
 class LayerWriter:
@@ -20,7 +20,14 @@ class LayerWriter:
         self.hidden_size = hidden_size
         self.device = torch.device("cpu") if device.type == "mps" else device
 
-    def write(self, dense: nn.Module, sliced: SlicedLayer, basis: Basis, middle: Basis, following: Basis) -> None:
+    def write(
+        self,
+        dense: nn.Module,
+        sliced: SlicedLayer,
+        basis: Basis | None,
+        middle: Basis | None,
+        following: Basis | None,
+    ) -> None:
         """Fill in a sliced layer that reads the stream in `basis`, its MLP in `middle`, and writes in `following`."""
         block = sliced.block
         mlp_basis = basis if sliced.parallel else middle
@@ -30,18 +37,24 @@ class LayerWriter:
         for path in block.mlp_out:
             self._writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
         if sliced.attn_shortcut is not None and basis is not None and middle is not None:
-            fill(sliced.attn_shortcut.weight, middle.T @ basis)
+            fill(sliced.attn_shortcut.weight, middle.encoder.T @ basis.decoder)
         if sliced.mlp_shortcut is not None:
             fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following))
 
     def _readers(
-        self, dense: nn.Module, sliced: nn.Module, norm_path: str, paths: tuple[str, ...], basis: Basis, width: int
+        self,
+        dense: nn.Module,
+        sliced: nn.Module,
+        norm_path: str,
+        paths: tuple[str, ...],
+        basis: Basis | None,
+        width: int,
     ) -> None:
-        """W diag(norm weight) E sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
+        """W diag(norm weight) Q sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
         if basis is None:
             return
         norm: Any = part(dense, norm_path)
-        rotation = basis * math.sqrt(self.hidden_size / basis.shape[1])
+        rotation = basis.decoder * math.sqrt(self.hidden_size / basis.width)
         if getattr(norm, "weight", None) is not None:
             rotation = rotation * (self.fp64(norm.weight) + self.family.norm_offset)[:, None]
         rotation = _padded(rotation, width)
@@ -59,18 +72,18 @@ class LayerWriter:
                         bias = bias + (wide @ self.fp64(shift) if axis == -1 else self.fp64(shift) @ wide)
                     fill(target.bias, bias)
 
-    def _writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis, width: int) -> None:
+    def _writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis | None, width: int) -> None:
         """E^T W, and E^T b where there is a bias."""
         if basis is None:
             return
-        basis = _padded(basis, width)
+        encoder = _padded(basis.encoder, width)
         owner, name = matrix(dense, path)
         target, _ = matrix(sliced, path)
         for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
             wide = self.fp64(weight)
-            fill(filled, basis.T @ wide if input_axis(owner) == -1 else wide @ basis)
+            fill(filled, encoder.T @ wide if input_axis(owner) == -1 else wide @ encoder)
         if getattr(owner, "bias", None) is not None:
-            fill(target.bias, basis.T @ self.fp64(owner.bias))
+            fill(target.bias, encoder.T @ self.fp64(owner.bias))
 
     def fp64(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight in fp64, where the products run."""
@@ -82,13 +95,12 @@ def fill(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value.to(target.dtype))
 
 
-def _shortcut(source: Basis, target: Basis) -> torch.Tensor:
-    """E^T F as a linear layer's weight (d of F, d of E); None is the identity."""
-    if source is None or target is None:
-        basis = target.T if source is None and target is not None else source
-        assert basis is not None
-        return basis
-    return target.T @ source
+def _shortcut(source: Basis | None, target: Basis | None) -> torch.Tensor:
+    """From one basis to another, as a linear layer's weight (d of the target, d of the source); None is the model's."""
+    if source is None:
+        assert target is not None
+        return target.encoder.T
+    return source.decoder if target is None else target.encoder.T @ source.decoder
 
 
 def _padded(basis: torch.Tensor, width: int) -> torch.Tensor:

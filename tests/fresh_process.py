@@ -31,7 +31,7 @@ def run(job: dict) -> tuple[dict, torch.Tensor | None]:
     result = {
         "training": model.training,
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
-        "attention": [model.model.config._attn_implementation, model.config._attn_implementation],
+        "attention": [model.base_model.config._attn_implementation, model.config._attn_implementation],
         "unfit": [len(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")],
         "one_table": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         "module": type(model).__module__,

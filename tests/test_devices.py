@@ -98,10 +98,8 @@ def cramped(monkeypatch, tmp_path):
     def layout(model, memory, no_split_module_classes):
         assert memory == {"cpu": 2 * model_bytes(model)}
         assert no_split_module_classes
-        base = "model.model" if model.config.model_type == "sliced" else "model"
-        head = "model.lm_head" if model.config.model_type == "sliced" else "lm_head"
-        parts = [f"{base}.layers.{i}" for i in range(3)] + [f"{base}.norm", f"{base}.rotary_emb"]
-        lent = [f"{base}.embed_tokens", f"{base}.layers.1", head]
+        parts = [f"model.layers.{i}" for i in range(3)] + ["model.norm", "model.rotary_emb"]
+        lent = ["model.embed_tokens", "model.layers.1", "lm_head"]
         return dict.fromkeys(parts, "cpu") | dict.fromkeys(lent, "disk")
 
     dispatch = accelerate.dispatch_model

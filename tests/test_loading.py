@@ -124,7 +124,7 @@ def test_a_sliced_model_loads_with_the_repos_class_and_no_remote_code(saved, tmp
     sliced.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = load_model(str(tmp_path), device="cpu")
-    assert type(loaded) is SlicedForCausalLM
+    assert isinstance(loaded, SlicedForCausalLM)
     assert torch.equal(loaded(windows).logits, sliced(windows).logits)
 
 

@@ -59,7 +59,7 @@ def new_sliced(
     dense = random_model(case, tied=tied(case) if tie is None else tie, dtype=dtype, **settings)
     model = rotate_and_slice(dense, windows(), WIDTHS, rotations=rotations(case))
     if family_of(case).blocks[0].experts:
-        model.set_experts_implementation({"text_config": "grouped_mm"})  # what a model is loaded with
+        model.set_experts_implementation("grouped_mm")  # what a model is loaded with
     return model
 
 
@@ -182,7 +182,7 @@ def test_a_saved_model_gives_the_same_bits_without_this_repository(elsewhere, ca
     assert result["unfit"] == [0, 0, 0]
     assert result["dtypes"] == [str(DTYPES[dtype])]
     assert result["one_table"] == (tied(case) == (dtype == "fp32"))
-    assert result["attention"][0] == kept(case).model.config._attn_implementation
+    assert result["attention"][0] == kept(case).config._attn_implementation
     assert result["module"].startswith("transformers_modules.")
     assert not result["training"]
 
@@ -196,7 +196,7 @@ def test_loading_options_change_no_bit(elsewhere, job):
 def test_a_loaded_model_is_saved_again_with_its_code(elsewhere):
     assert elsewhere.equal("saved-again")
     first, again = elsewhere.folders["llama-fp32"], elsewhere.folders["saved-again"]
-    for file in ("modeling.py", "families.py", "config.json", "model.safetensors"):
+    for file in ("modeling.py", "families.py", "layouts.py", "config.json", "model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
 
 
@@ -224,7 +224,8 @@ def test_code_of_the_folder_runs_only_where_it_is_trusted(elsewhere):
 @every_case
 def test_the_folder_holds_safetensors_and_readable_text_only(elsewhere, case):
     files = {path.name for path in elsewhere.folders[f"{case}-fp32"].iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors", "modeling.py", "families.py"}
+    code = {"modeling.py", "families.py", "layouts.py"}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", *code}
 
 
 def test_large_models_are_saved_in_shards(elsewhere):
@@ -260,7 +261,7 @@ def test_load_model_needs_no_remote_code(tmp_path, case):
     kept(case).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     model, tokenizer = load_model(str(tmp_path), device="cpu")
-    assert type(model) is SlicedForCausalLM
+    assert model.any_family is SlicedForCausalLM
     assert len(tokenizer) == VOCAB
     assert torch.equal(logits(model, windows()), logits(kept(case), windows()))
 
@@ -303,7 +304,7 @@ def test_a_damaged_folder_is_one_clear_error(folder, damage, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"widths": None}, r"widths must be 3 integers from 1 to 48, got \[\]"),
+        ({"widths": []}, r"widths must be 3 integers from 1 to 48, got \[\]"),
         ({"widths": [32, 24, 0]}, "widths must be"),
         ({"widths": [32, 24, 24.5]}, "widths must be"),
         ({"widths": [32, 24, 40, 48]}, "widths must be"),
@@ -313,7 +314,7 @@ def test_a_damaged_folder_is_one_clear_error(folder, damage, message):
 def test_a_config_that_does_not_fit_is_refused(changes, message):
     dense = LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4)
     with pytest.raises(ValueError, match=message):
-        SlicedConfig(**({"text_config": dense, "widths": WIDTHS} | changes))
+        SlicedConfig.of(dense, **({"widths": WIDTHS} | changes))
 
 
 # Generation
@@ -401,7 +402,7 @@ def test_the_compiled_forward_is_one_graph_and_gives_the_same(case):
     torch._dynamo.reset()
     model = sliced(case)
     if case == "mixtral":  # the family's eager experts loop over those that were hit
-        model.set_experts_implementation({"text_config": "batched_mm"})
+        model.set_experts_implementation("batched_mm")
     compiled = torch.compile(model, backend="aot_eager" if case == "llama" else "eager", fullgraph=True)
     assert relative_error(logits(compiled, windows()), logits(model, windows())) < 1e-6
 
@@ -440,7 +441,7 @@ def test_gradient_checkpointing_runs_the_layers_a_second_time():
     model.gradient_checkpointing_enable()
     model.train()
     runs = []
-    part(model.model, "model.layers.1.mlp").register_forward_hook(lambda *_: runs.append(1))
+    part(model, "model.layers.1.mlp").register_forward_hook(lambda *_: runs.append(1))
     loss = model(input_ids=windows(), labels=windows()).loss
     assert len(runs) == 1
     loss.backward()
@@ -513,7 +514,7 @@ def test_resized_tables_keep_the_old_tokens_and_train(case):
     assert table.shape == (VOCAB + 8, HIDDEN if projects(case) else WIDTHS[0])
     assert head.shape == (VOCAB + 8, HIDDEN)
     assert (table is head) == tied(case)
-    assert model.config.text_config.vocab_size == model.model.config.vocab_size == VOCAB + 8
+    assert model.config.vocab_size == VOCAB + 8
     assert torch.equal(logits(model, ids)[..., :VOCAB], wanted)
     assert model(input_ids=ids, labels=ids).loss.isfinite()
 
@@ -543,7 +544,7 @@ def test_attention_weights_are_given_and_sum_to_one(case):
 def test_parameters_embeddings_and_dtype_are_the_models(case):
     model = sliced(case)
     assert model.num_parameters() == count_parameters(model)
-    assert model.get_input_embeddings() is part(model.model, family_of(case).tables[0])
+    assert model.get_input_embeddings() is part(model, family_of(case).tables[0])
     assert model.get_output_embeddings().weight.shape == (VOCAB, HIDDEN)
     half = sliced(case).to(torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -566,7 +567,7 @@ def test_lm_eval_takes_the_folder_with_the_models_context_length(tmp_path, case,
 @each_kind
 def test_a_model_made_without_weights_starts_as_its_family_does(case):
     config = copy.deepcopy(kept(case).config)
-    config.text_config.dtype = torch.bfloat16  # a constructor goes by the default dtype
+    config.dtype = torch.bfloat16  # a constructor goes by the default dtype
     torch.manual_seed(0)
     for name, parameter in SlicedForCausalLM(config).named_parameters():
         assert parameter.dtype == torch.float32
@@ -578,7 +579,7 @@ def test_a_model_made_without_weights_starts_as_its_family_does(case):
 def test_experts_run_grouped_at_any_width(case):
     model = rotate_and_slice(random_model(case, dtype=torch.float32), windows(), [33, 23, 41])
     wanted = logits(model, windows())  # a loop over the experts
-    model.set_experts_implementation({"text_config": "grouped_mm"})
+    model.set_experts_implementation("grouped_mm")
     assert relative_error(logits(model, windows()), wanted) < tolerance(case, torch.float32)
 
 
@@ -592,7 +593,7 @@ def test_a_model_of_one_rotation_is_loaded_as_it_was_and_generates_the_same_with
     dense = random_model(case, tied=tied(case), dtype=torch.float32)
     model = rotate_and_slice(dense, windows(), WIDTHS, rotations=1)
     if family_of(case).blocks[0].experts:
-        model.set_experts_implementation({"text_config": "grouped_mm"})
+        model.set_experts_implementation("grouped_mm")
     model.save_pretrained(tmp_path)
     loaded = SlicedForCausalLM.from_pretrained(tmp_path)
     ids = windows(2)

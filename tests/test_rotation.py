@@ -88,7 +88,7 @@ def narrow(case: str, tied: bool = False, rotations: int = 2) -> SlicedForCausal
 
 def sliced_layers(sliced: SlicedForCausalLM) -> list[SlicedLayer]:
     """Its decoder layers."""
-    return list(part(sliced.model, FAMILIES[sliced.config.text_config.model_type].layers))
+    return list(part(sliced, FAMILIES[sliced.config.dense_model_type].layers))
 
 
 def norms(layer: SlicedLayer) -> set[str]:
@@ -147,7 +147,7 @@ def test_sliced_experts_run_as_those_of_the_dense_model_do(experts):
     live_in(model, subspace(RANK, centred=False))
     model.set_experts_implementation(experts)
     sliced = rotate_and_slice(model, windows(), [RANK, 32, 24])
-    assert sliced.model.config._experts_implementation == experts
+    assert sliced.config._experts_implementation == experts
     assert relative_error(logits(sliced, windows()), logits(model, windows())) < tolerance("mixtral", torch.float32)
 
 
@@ -190,9 +190,9 @@ def test_full_widths_change_nothing(case, tied):
     sliced = rotate_and_slice(model, windows(), [HIDDEN] * LAYERS)
     found = logits(sliced, windows())
     assert torch.equal(found, wanted) if case not in OTHER_ORDER else relative_error(found, wanted) < 1e-12
-    assert [name for name, _ in sliced.model.named_modules()] == [name for name, _ in model.named_modules()]
+    assert [name for name, _ in sliced.named_modules()] == [name for name, _ in model.named_modules()]
     storage = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    assert {name: parameter.data_ptr() for name, parameter in sliced.model.named_parameters()} == storage
+    assert {name: parameter.data_ptr() for name, parameter in sliced.named_parameters()} == storage
     assert count_parameters(sliced) == count_parameters(model)
 
 
@@ -303,7 +303,7 @@ def test_an_untied_table_has_the_first_width_unless_the_body_needs_its_own(case)
     sliced = narrow(case)
     whole = CASES[case][0] in ("gpt2", "gptj")
     for path in family_of(case).tables:
-        assert part(sliced.model, path).weight.shape[1] == (HIDDEN if whole else NARROW[0])
+        assert part(sliced, path).weight.shape[1] == (HIDDEN if whole else NARROW[0])
     assert (sliced_layers(sliced)[0].embedding_projection is not None) == whole
     assert not sliced.config.tie_word_embeddings
 

@@ -1,6 +1,5 @@
 """The bench that a run's points are measured on: the loaded model, its windows and bases, which all points share."""
 
-import copy
 import functools
 import resource
 import sys
@@ -331,4 +330,4 @@ def _dense_parameters(model: PreTrainedModel) -> int:
     if model.config.model_type != "sliced":
         return count_parameters(model)
     with torch.device("meta"):
-        return count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)))
+        return count_parameters(AutoModelForCausalLM.from_config(model.config.dense()))

@@ -29,8 +29,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder", trust_remote_co
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
 ```
 
-`trust_remote_code=True` runs the two files beside this one, `modeling.py` and `families.py`; read them first. They need
-Transformers {transformers} or newer. lm-eval evaluates it with
+`trust_remote_code=True` runs the Python files beside this one, `modeling.py`, `families.py` and `layouts.py`;
+read them first. They need Transformers {transformers} or newer. lm-eval evaluates it with
 `lm_eval run --model hf --model_args pretrained=path/of/this/folder,trust_remote_code=True --tasks ...`.
 
 The terms of {origin} hold for this model too.

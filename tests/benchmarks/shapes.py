@@ -4,7 +4,6 @@ Speed depends on shapes and dtypes, not on what a model has learned: nothing is 
 """
 
 import argparse
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -157,9 +156,7 @@ def random_model(options: ModelOptions, **changes: Any) -> PreTrainedModel:
 def random_sliced_model(model: PreTrainedModel, widths: list[int], rotations: int) -> SlicedForCausalLM:
     """A sliced model with the shape, dtype and device of a dense one and random weights of its own: the widths alone
     say how fast it is, so it needs no calibration."""
-    config = SlicedConfig(
-        text_config=copy.deepcopy(model.config), widths=widths, rotations=rotations, dtype=model.dtype
-    )
+    config = SlicedConfig.of(model.config, widths=widths, rotations=rotations, dtype=model.dtype)
     with model.device, _default_dtype(model.dtype):
         sliced = SlicedForCausalLM(config)
     return _drawn(sliced)

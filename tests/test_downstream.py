@@ -1,0 +1,182 @@
+"""Tools that people use on a model, tried on a sliced one as on the dense one; those that aren't installed are skipped
+(`docs/downstream.md` says which were tried, by `tests/downstream_table.py`)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, logits, random_model, relative_error, windows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from slicing.rotation import rotate_and_slice
+
+WIDTHS = [32, 24, 40]
+TRUSTED: dict[str, Any] = {"trust_remote_code": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A sliced llama as it is saved, with its tokenizer; its code is copied to a cache of this module's own."""
+    root: Path = tmp_path_factory.mktemp("downstream")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
+        dense = random_model("llama", tied=True, dtype=torch.float32, mlp_bias=False, attention_bias=False)
+        rotate_and_slice(dense, windows(), WIDTHS).save_pretrained(root / "model")
+        tokenizer().save_pretrained(root / "model")
+        yield root / "model"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="w0", eos_token="w1", pad_token="w2")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **TRUSTED)
+
+
+def texts(count: int = 24) -> list[str]:
+    """Texts of different lengths that a model can learn: a few phrases again and again."""
+    return [
+        " ".join(f"w{token}" for token in row[: 6 + index % 8])
+        for index, row in enumerate(windows(4)[[0, 1] * 12][:count].tolist())
+    ]
+
+
+# ---- tracing
+
+
+class Step(torch.nn.Module):
+    """A causal LM as it is exported: the logits of a prompt, with a cache asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True).logits
+        return found
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "step"])
+def test_torch_export_takes_any_length(folder, whole):
+    model = load(folder).eval()
+    length = torch.export.Dim("length", min=2, max=64)
+    ids = windows(2, 8)
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dynamic: dict[str, Any] = {name: {1: length} for name in kwargs}
+    if whole:
+        kwargs["use_cache"], dynamic["use_cache"] = False, None
+    program = torch.export.export(model if whole else Step(model), (), kwargs, dynamic_shapes=dynamic).module()
+    ids = windows(2, 13, seed=9)
+    found = program(**(kwargs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+    assert relative_error(found.logits if whole else found, logits(model, ids)) < 1e-6
+
+
+def test_the_forward_is_the_familys_own(folder):
+    """Tools read its signature and its source, and pass what it names."""
+    model = load(folder)
+    dense = type(random_model("llama", dtype=torch.float32))
+    assert type(model).forward is dense.forward
+    assert isinstance(model, dense)
+    assert model.base_model is model.model is not model
+    assert model.base_model(input_ids=windows(2)).last_hidden_state.shape == (2, 16, 48)
+
+
+# ---- training
+
+
+def sft(folder: Path, out: Path, **settings: Any) -> tuple[Any, list[float]]:
+    """A trainer that ran 8 steps, and the losses."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    peft_config = settings.pop("peft_config", None)
+    options = {"learning_rate": 1e-2, "max_steps": 12, "per_device_train_batch_size": 4, "logging_steps": 1}
+    options |= {
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "max_length": 16,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = trl.SFTTrainer(
+        model=load(folder),
+        args=trl.SFTConfig(output_dir=str(out), **(options | settings)),
+        train_dataset=datasets.Dataset.from_dict({"text": texts()}),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "packing"])
+def test_trl_fine_tunes_a_sliced_model(folder, tmp_path, kind):
+    import peft
+
+    settings: dict[str, Any] = {"packing": True} if kind == "packing" else {}
+    if kind == "lora":
+        settings["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer, losses = sft(folder, tmp_path, **settings)
+    assert losses[-1] < 0.9 * losses[0]
+    trained = trainer.model.merge_and_unload() if kind == "lora" else trainer.model
+    trained.save_pretrained(tmp_path / "trained")
+    again = load(tmp_path / "trained")
+    assert torch.equal(logits(again, windows()), logits(trained.eval(), windows()))
+
+
+def test_trl_prefers_by_dpo(folder, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    pairs = {"prompt": texts(8), "chosen": [" w5 w6"] * 8, "rejected": [" w7 w8"] * 8}
+    trainer = trl.DPOTrainer(
+        model=load(folder),
+        ref_model=load(folder),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            report_to=[],
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[-1] > margins[0]
+
+
+# ---- quantisation
+
+
+def test_llm_compressor_runs_gptq_with_its_default_pipeline(folder, tmp_path):
+    llmcompressor, datasets = pytest.importorskip("llmcompressor"), pytest.importorskip("datasets")
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    model = load(folder)
+    rows = {"input_ids": windows(8).tolist(), "attention_mask": torch.ones(8, 16, dtype=torch.int64).tolist()}
+    llmcompressor.oneshot(
+        model=model,
+        processor=tokenizer(),
+        dataset=datasets.Dataset.from_dict(rows),
+        trust_remote_code_model=True,
+        recipe=GPTQModifier(
+            config_groups={"all": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}},
+            ignore=["lm_head", "re:.*shortcut.*", "re:.*embedding_projection"],
+        ),
+        num_calibration_samples=8,
+        max_seq_length=16,
+        output_dir=str(tmp_path / "quantised"),
+    )
+    layer = model.model.layers[0]
+    assert hasattr(layer.mlp.up_proj, "quantization_scheme")
+    assert not hasattr(layer.mlp_shortcut, "quantization_scheme")
+    assert relative_error(logits(model, windows(2)), logits(load(folder), windows(2))) < 0.2
