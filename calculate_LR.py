@@ -11,64 +11,53 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slicing import InputError
-from slicing.command_line import Parser, Screen, at_least, check_output, check_seed, exit_code, path
+from slicing import InputError, flags
+from slicing.command_line import Screen, check_output, exit_code
 from slicing.experiment.options import check_positions
+from slicing.flags import flag
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of this script, a field a flag."""
 
-    model: str
-    dataset: str
-    split: str = "validation"
-    text_column: str | None = None
-    samples: int = 256
-    max_seq_len: int = 1024
-    stride: int = 1024
-    batch_size: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 42
-    revision: str | None = None
-    trust_remote_code: bool = False
-    output: str | None = None
-    plot: str | None = None
-    quiet: bool = False
+    model: str = flag(help="hub name, local folder, .gguf file, or demo", positional=True)
+    dataset: str = flag(
+        "pg19",
+        help="text: wikitext2, ptb, c4, alpaca, pg19, demo, or a .txt, .jsonl or .parquet file",
+        for_demo="demo",
+    )
+    split: str = flag("validation", help="split of the data set")
+    text_column: str | None = flag(None, help="field of a .jsonl or .parquet file that holds the text", default="text")
+    samples: int = flag(256, help="windows to measure on", low=1)
+    max_seq_len: int = flag(1024, help="tokens per window", low=1)
+    stride: int = flag(1024, help="tokens from the start of one window to the next; the paper has 256", low=1)
+    batch_size: int | None = flag(None, help="windows that run at once", default="what the device holds", low=1)
+    device: str = flag(
+        "auto",
+        help="auto, cpu, mps, cuda or cuda:N; a model that doesn't fit there is spread over all GPUs and the CPU",
+        default="auto, the best there is",
+    )
+    dtype: str = flag("auto", help="auto, float32, bfloat16, float16 or float64", default="auto, the checkpoint's own")
+    seed: int = flag(42, help="for the choice of windows", low=0, high=2**32 - 1)
+    revision: str | None = flag(None, help="branch, tag or commit of a model on the hub", default="main")
+    trust_remote_code: bool = flag(False, help="run model code from the hub")
+    output: str | None = flag(
+        None,
+        help="write vector, cosines and settings; --vector-cut takes this file",
+        default="not written",
+        metavar="FILE.json",
+        is_path=True,
+    )
+    plot: str | None = flag(
+        None, help="draw LR and cosine by layer", default="not drawn", metavar="FILE.png", is_path=True
+    )
+    quiet: bool = flag(False, help="show no progress bars")
 
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options on the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("model", help="hub name, local folder, .gguf file, or demo")
-    add(
-        "--dataset",
-        help="wikitext2, ptb, c4, alpaca, pg19, demo, or a text file (default: pg19; demo for the demo model)",
-    )
-    add("--split", default="validation", help="part of the data set (default: validation)")
-    add("--text-column", help="field of a .jsonl or .parquet file that holds the text (default: text)")
-    add("--samples", type=int, default=256, help="windows (default: 256)")
-    add("--max-seq-len", type=int, default=1024, help="tokens a window (default: 1024)")
-    add("--stride", type=int, default=1024, help="tokens between the starts of two windows (default: 1024; paper: 256)")
-    add("--batch-size", type=int, help="windows run at once (default: as many as the device holds)")
-    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: auto, the best there is)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, the checkpoint's)")
-    add("--seed", type=int, default=42, help="of the choice of windows (default: 42)")
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    add(
-        "--output",
-        type=path,
-        metavar="FILE.json",
-        help="write the vector, cosines and settings; --vector-cut takes this file",
-    )
-    add("--plot", type=path, metavar="FILE.png", help="draw LR and cosine by layer")
-    add("--quiet", action="store_true", help="no progress bars")
-    given = vars(parser.parse_args(argv))
-    given["dataset"] = given["dataset"] or ("demo" if given["model"] == "demo" else "pg19")
-    return Options(**given)
+    return flags.parse(Options, __doc__, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(options: Options) -> None:
     """Check, load, measure, print, write."""
-    for name in ("samples", "max_seq_len", "stride", "batch_size"):
-        at_least(1, name, getattr(options, name))
-    check_seed(options.seed)
+    flags.check_limits(options)
     check_output("--output", options.output, (".json",))
     check_output("--plot", options.plot, (".png", ".pdf", ".svg"))
     if options.quiet:

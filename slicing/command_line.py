@@ -117,18 +117,6 @@ def _complain(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def at_least(limit: int, name: str, value: int | None) -> None:
-    """InputError where a number is below its limit."""
-    if value is not None and value < limit:
-        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least {limit}")
-
-
-def check_seed(seed: int) -> None:
-    """InputError for a seed that not every generator takes: NumPy's is the narrowest."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed is {seed}: it must lie in [0, {2**32 - 1}]")
-
-
 def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:
     """InputError where a file can't be written, or its ending is none of these. Leaves nothing behind."""
     if file is None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ import mean_cut_accuracy_experiments as sweep
 from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.command_line import exit_code
 from slicing.experiment.options import Options, check, read_vector
+from slicing.flags import said
+from slicing.flags import spelled as flag_name
 from slicing.tasks import evaluate_tasks
 from slicing.text import is_file
 
@@ -138,18 +141,9 @@ def refused(here: Path, shared: Path, run, monkeypatch: pytest.MonkeyPatch) -> C
     return check_refusal
 
 
-BELOW = "is {}: it must be at least {}"
 LR_CASES = {
-    "no windows": (["--samples", "0"], BELOW.format(0, 1)),
-    "windows below 0": (["--samples", "-3"], BELOW.format(-3, 1)),
     "more windows than the text has": (["--samples", "1000"], r"has \d+ windows .* and 1000 were asked for: ask for"),
-    "no length": (["--max-seq-len", "0"], "--max-seq-len " + BELOW.format(0, 1)),
-    "a length below 0": (["--max-seq-len", "-1"], "--max-seq-len " + BELOW.format(-1, 1)),
     "windows beyond the positions": (["--max-seq-len", "257"], "--max-seq-len is 257, .* 256 positions: choose 256"),
-    "no stride": (["--stride", "0"], "--stride " + BELOW.format(0, 1)),
-    "a stride below 0": (["--stride", "-1"], "--stride " + BELOW.format(-1, 1)),
-    "no batch": (["--batch-size", "0"], "--batch-size " + BELOW.format(0, 1)),
-    "a seed below 0": (["--seed", "-1"], r"--seed is -1: it must lie in \[0, 4294967295\]"),
     "a GPU that is not there": (["--device", "cuda:99"], "'cuda:99' is not there; this machine has .*cpu"),
     "an unknown device": (["--device", "gpu"], "unknown device 'gpu'; known are auto, cpu, mps, cuda and cuda:N"),
     "an unknown dtype": (["--dtype", "int8"], "unknown dtype 'int8'; known are auto, float32"),
@@ -189,20 +183,10 @@ SWEEP_CASES = {
     ),
     "no step": (["--step", "0"], "the step is 0: it must be a number of at least 1e-06, such as 0.02"),
     "a step below 0": (["--step", "-0.02"], "the step is -0.02: it must be"),
-    "no round interval": (["--round-interval", "0"], "--round-interval " + BELOW.format(0, 1)),
     "a round interval beyond D": (["--round-interval", "49"], "is 49: it must be at most 48, the model's hidden size"),
     "a round interval of D": (["--round-interval", "48"], "--mean is 0.3: it must be at most 0.0000"),
-    "no calibration windows": (["--calibration-samples", "0"], "--calibration-samples " + BELOW.format(0, 1)),
-    "no calibration length": (["--calibration-length", "-5"], "--calibration-length " + BELOW.format(-5, 1)),
     "calibration beyond the positions": (["--calibration-length", "257"], "--calibration-length is 257, .* 256 positi"),
-    "perplexity of one token": (["--perplexity-length", "1"], "--perplexity-length " + BELOW.format(1, 2)),
     "perplexity beyond the positions": (["--perplexity-length", "257"], "--perplexity-length is 257, .* choose 256"),
-    "no perplexity windows": (["--perplexity-samples", "0"], "--perplexity-samples " + BELOW.format(0, 1)),
-    "no documents": (["--accuracy-limit", "0"], "--accuracy-limit " + BELOW.format(0, 1)),
-    "few-shot examples below 0": (["--num-fewshot", "-1"], "--num-fewshot " + BELOW.format(-1, 0)),
-    "no batch": (["--batch-size", "0"], "--batch-size " + BELOW.format(0, 1)),
-    "a seed below 0": (["--seed", "-1"], r"--seed is -1: it must lie in \[0, 4294967295\]"),
-    "a seed beyond 32 bits": (["--seed", "4294967296"], "--seed is 4294967296: it must lie in"),
     "a GPU that is not there": (["--cuda-device", "cuda:99"], "'cuda:99' is not there; this machine has .*cpu"),
     "an unknown device": (["--cuda-device", "0"], "unknown device '0'; known are auto, cpu, mps, cuda and cuda:N"),
     "an unknown dtype": (["--dtype", "half"], "unknown dtype 'half'; known are auto, float32"),
@@ -625,14 +609,33 @@ def flag_help(script: Script, run, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 @pytest.mark.parametrize("script", ARGUMENTS, ids=lambda script: script.__name__)
 def test_each_option_is_a_flag_and_says_its_default(script, run, monkeypatch):
     flags = flag_help(script, run, monkeypatch)
-    options = {"--" + field.name.replace("_", "-"): field for field in fields(script.Options)}
-    if script is calculate_LR:
-        del options["--model"]  # the one positional
+    options = {flag_name(field): field for field in fields(script.Options) if not said(field).positional}
     assert flags.keys() == options.keys()
     assert all(len(text) > 10 for text in flags.values())
     for name, field in options.items():
-        if field.default is not MISSING and isinstance(field.default, int | float | str) and field.default is not False:
-            assert f"(default: {field.default}" in flags[name], name
+        assert said(field).help in flags[name]
+        given = field.type is bool or field.default is MISSING
+        assert ("(default: " in flags[name]) != given, name
+        if isinstance(field.default, int | float) and not given:
+            assert f"(default: {field.default})" in flags[name], name
+
+
+LIMITED = [(script, each) for script in ARGUMENTS for each in fields(script.Options) if said(each).low is not None]
+
+
+@pytest.mark.parametrize(("script", "field"), LIMITED, ids=lambda part: getattr(part, "name", ""))
+def test_a_number_outside_its_limits_is_refused_with_the_limit(refused, script, field):
+    about, name = said(field), flag_name(field)
+    more = ["--tasks", "tiny_colours"] if field.name in ("accuracy_limit", "num_fewshot") else []
+    bound = f"be at least {about.low}$" if about.high is None else rf"lie in \[{about.low}, {about.high}\]$"
+    for value in (about.low - 1, -5, *(() if about.high is None else (about.high + 1,))):
+        refused(script, [*more, name, str(value)], f"{name} is {value}: it must {bound}")
+
+
+def test_the_page_of_options_has_what_the_flags_say():
+    page = runpy.run_path(str(REPOSITORY / "docs" / "options_tables.py"))["text"]()
+    written = (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8")
+    assert written == page, "write it anew: PYTHONPATH=. python docs/options_tables.py docs/options.md"
 
 
 def test_without_flags_the_options_have_their_defaults():
