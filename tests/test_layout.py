@@ -1,6 +1,8 @@
 """The house: which module may import which, what `slicing` shows, and what is installed with it."""
 
 import ast
+import re
+import runpy
 import sys
 import tomllib
 from functools import cache
@@ -62,10 +64,14 @@ def test_no_modules_import_one_another_in_a_circle():
 
 
 def test_what_is_copied_beside_a_saved_model_imports_torch_transformers_and_itself():
-    for name, copied in (("slicing.modeling", {"slicing.families"}), ("slicing.families", set())):
-        outside = {other.partition(".")[0] for other in imports(name) - copied}
+    copied, found = ["slicing.modeling"], set()
+    while copied:
+        name = copied.pop()
+        found.add(name)
+        outside = {other.partition(".")[0] for other in imports(name) - MODULES.keys()}
         assert outside - sys.stdlib_module_names <= {"torch", "transformers"}, name
-        assert not imports(name) & MODULES.keys() - copied, name
+        copied += imports(name) & MODULES.keys()
+    assert found == {"slicing.modeling", "slicing.families", "slicing.layouts"}
 
 
 # ---- what is public
@@ -81,6 +87,27 @@ def test_dir_shows_the_public_names_and_each_is_there():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'slice_everything'"):
         slicing.slice_everything  # noqa: B018
+
+
+# ---- pages that are made of the code
+
+
+@pytest.mark.parametrize("page", ["options.md", "families.md"])
+def test_a_page_made_of_the_code_is_up_to_date(page):
+    made = runpy.run_path(str(ROOT / "docs" / "tables.py"))["PAGES"][page]()
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, "PYTHONPATH=. python docs/tables.py"
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
+)
+def test_links_and_paths_in_a_page_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert all(((ROOT / page).parent / link).exists() for link in links), links
+    paths = re.findall(r"`((?:slicing|tests|docs)/[\w/.]+)`", text)
+    assert all((ROOT / path).exists() for path in paths), paths
 
 
 # ---- what is installed

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -630,12 +629,6 @@ def test_a_number_outside_its_limits_is_refused_with_the_limit(refused, script, 
     bound = f"be at least {about.low}$" if about.high is None else rf"lie in \[{about.low}, {about.high}\]$"
     for value in (about.low - 1, -5, *(() if about.high is None else (about.high + 1,))):
         refused(script, [*more, name, str(value)], f"{name} is {value}: it must {bound}")
-
-
-def test_the_page_of_options_has_what_the_flags_say():
-    page = runpy.run_path(str(REPOSITORY / "docs" / "options_tables.py"))["text"]()
-    written = (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8")
-    assert written == page, "write it anew: PYTHONPATH=. python docs/options_tables.py docs/options.md"
 
 
 def test_without_flags_the_options_have_their_defaults():
