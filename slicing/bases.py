@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, attention_step, mlp_step, on_device, parallel_step
+from slicing.causality import check_causal
 from slicing.families import Family, InputError, find_family
 from slicing.metric import Metric, damped, gradient_metric, metric_basis, oblique
 from slicing.modeling import find_block, is_parallel, part
@@ -96,6 +97,7 @@ def dense_bases(
         no name: they are gone with the bases. The other arguments are as in rotate_and_slice.
     """
     family = find_family(model.config)
+    check_causal(model)
     check_weights(model)
     found = Bases(rotations, centred=family.layer_norm)
     with evaluation_mode(model):

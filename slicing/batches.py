@@ -2,11 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from slicing.families import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def in_batches(
@@ -82,6 +86,14 @@ def check_weights(model: torch.nn.Module, layers: Iterable[torch.nn.Module] = ()
                 f"the activations of layer {index} are not finite: {remedy}, for its weights {name} are not"
             )
     raise InputError(f"the weights {name} are not finite: {remedy}")
+
+
+def body_of(model: "PreTrainedModel") -> torch.nn.Module:
+    """The part of a causal LM below its head: `get_decoder()`, but not where this is a head of that name."""
+    body: torch.nn.Module = model.get_decoder()
+    if any(isinstance(module, torch.nn.ModuleList) for module in body.modules()):
+        return body
+    return model.base_model  # type: ignore[no-any-return]
 
 
 def input_device(table: torch.nn.Module) -> torch.device:

@@ -1,9 +1,11 @@
 """Perplexity on token windows.
 
-The decoder body runs once per batch and the head on chunks of tokens, so that no (B, S, V) tensor exists.
+The decoder body runs once per batch and the head on chunks of tokens, so that no (B, S, V) tensor exists. Where that
+does not give what the whole model's forward gives, this one runs.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from slicing.batches import check_token_ids, check_weights, evaluation_mode, in_batches, input_device, is_gpu
+from slicing.batches import body_of, check_token_ids, check_weights, evaluation_mode, in_batches, input_device, is_gpu
+from slicing.causality import SEEDS, check_causal, trial_logits, trial_tokens
 from slicing.families import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD_BYTES = 2**28  # of fp32 logits at a time: large enough for full speed, small beside the model
+_WHOLE_BYTES = 2**31  # of fp32 logits where all of a batch's exist at once
+
+_apart: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()  # what head_runs_apart found
 
 
 def perplexity(
@@ -38,7 +44,8 @@ def window_nll(
     batch_size: windows a batch; None starts with about 32,000 tokens (8,000 on a CPU) and halves when memory runs out.
 
     Returns (N,) fp64 on the CPU. Raises InputError for token ids outside the vocabulary, weights that are not
-    finite, windows shorter than two tokens, a batch that does not fit and a result that is not finite.
+    finite, windows shorter than two tokens, a model that is not causal, a batch that does not fit and a result that is
+    not finite.
     """
     table = model.get_input_embeddings()
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
@@ -49,8 +56,12 @@ def window_nll(
     device = input_device(table)
     automatic = max(1, (32_768 if is_gpu(device) else 8_192) // windows.shape[1])
     with evaluation_mode(model), torch.inference_mode():
+        check_causal(model)
+        run = token_nll if head_runs_apart(model) else whole_nll
+        if run is whole_nll:
+            automatic = min(automatic, max(1, _WHOLE_BYTES // (4 * windows.shape[1] * table.weight.shape[0])))
         batches = in_batches(
-            partial(_token_nll, model),
+            partial(run, model),
             windows.to(device=device, dtype=torch.long),
             batch_size=batch_size,
             automatic=automatic,
@@ -68,25 +79,60 @@ def window_nll(
     return nll
 
 
-def _token_nll(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood (B, S - 1) of every token of ids (B, S) but the first of each row, fp32 or fp64."""
-    body = model.get_decoder()
+def head_runs_apart(model: "PreTrainedModel") -> bool:
+    """Whether body and head one after the other give what the whole model's forward gives, tried on a few tokens once a
+    model: some families' bodies have other arguments, or add something behind them."""
+    if model not in _apart:
+        ids = trial_tokens(model, SEEDS[0])
+        logits = trial_logits(model, ids)
+        allowed = max(1e-4, 8 * torch.finfo(model.dtype).eps) * max(1.0, logits.abs().max().item())
+        wanted = F.cross_entropy(logits[:-1], ids[0, 1:].to(logits.device), reduction="none")
+        try:
+            found = token_nll(model, ids, rows=5)[0].double()
+            # NaN is told elsewhere
+            _apart[model] = not bool((found - wanted).abs().max() > allowed)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # code of any family
+            _apart[model] = False
+    return _apart[model]
+
+
+def whole_nll(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
+    """What `token_nll` gives, by the whole model's forward."""
+    logits = model(input_ids=ids, use_cache=False, return_dict=True).logits[:, :-1].flatten(0, 1)  # (B (S - 1), V)
+    targets = ids[:, 1:].flatten().to(logits.device)
+    rows = max(1, HEAD_BYTES // (4 * logits.shape[-1]))
+    return torch.cat(list(map(_nll, torch.split(logits, rows), torch.split(targets, rows)))).view(len(ids), -1)
+
+
+def token_nll(model: "PreTrainedModel", ids: torch.Tensor, *, rows: int | None = None) -> torch.Tensor:
+    """Negative log likelihood (B, S - 1) of every token of ids (B, S) but the first of each row, fp32 or fp64.
+
+    rows: tokens whose logits exist at once; None goes by HEAD_BYTES.
+    """
+    body = body_of(model)
     # No attention mask: the causal path of the attention kernel, without a mask in memory.
     output = body(input_ids=ids, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1)  # (B * S, D)
     # The last position of a row predicts nothing: a stand-in is its target, and it is dropped below. So `hidden` need
     # not be copied.
     targets = ids.roll(-1, dims=1).flatten().to(hidden.device)  # (B * S,)
-    rows = max(1, HEAD_BYTES // (4 * model.get_input_embeddings().weight.shape[0]))
+    rows = rows or max(1, HEAD_BYTES // (4 * model.get_input_embeddings().weight.shape[0]))
     nll = []
     with _body_output(body) as hand_over:
         for chunk, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             hand_over(type(output)(last_hidden_state=chunk[None]))
             # The ids only say how many tokens there are, and on which device accelerate shall leave the logits.
             logits = model(input_ids=target[None], use_cache=False, return_dict=True).logits[0]  # (rows, V)
-            logs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            nll.append(F.nll_loss(logs, target, reduction="none"))
+            nll.append(_nll(logits, target))
     return torch.cat(nll).view(ids.shape)[:, :-1]
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood (T,) of targets (T,) under logits (T, V), fp32 or fp64."""
+    logs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return F.nll_loss(logs, targets, reduction="none")
 
 
 @contextlib.contextmanager

@@ -14,10 +14,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicing.batches import check_token_ids, check_weights, evaluation_mode, in_batches, input_device, windows_at_once
+from slicing.batches import (
+    body_of,
+    check_token_ids,
+    check_weights,
+    evaluation_mode,
+    in_batches,
+    input_device,
+    windows_at_once,
+)
+from slicing.causality import SEEDS, check_causal, trial_tokens
 from slicing.families import FAMILIES, InputError
 from slicing.modeling import part
 from slicing.schedule import normalise
+
+_SAME = 1e-3  # relative: what one layer writes and the next one reads
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,10 @@ def layer_redundancy(
     layers = decoder_layers(model)
     check_weights(model, layers)
     device = input_device(model.get_input_embeddings())
-    body = model.get_decoder()
+    body = body_of(model)
+    check_causal(model)
+    with evaluation_mode(model):
+        _check_chain(model, layers)
     with evaluation_mode(model), _layer_cosines(layers, device) as last:
 
         def run(batch: torch.Tensor) -> torch.Tensor:
@@ -93,6 +107,43 @@ def layer_redundancy(
     return LayerRedundancy(cosine, stderr, torch.tensor(normalise(cosine.tolist()), dtype=torch.float64))
 
 
+def _check_chain(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """InputError unless each layer runs once, and reads the stream (B, S, D) that the one before it wrote: else these
+    are not the decoder layers, or their cosines say nothing. Tried on a few tokens."""
+    seen: list[tuple[int, Any, Any]] = []
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda layer, args, kwargs, output: seen.append((index, *_states(args, kwargs, output)))
+
+    handles = [layer.register_forward_hook(hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    try:
+        body_of(model)(input_ids=trial_tokens(model, SEEDS[0]), use_cache=False)
+    except Exception as error:  # code of any family; a whole forward has passed before
+        raise InputError(f"{type(model).__name__} has no layer redundancy: its body alone fails: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    what = f"{type(model).__name__} has no layer redundancy: its {len(layers)} layers ({type(layers[0]).__name__})"
+    if [index for index, _, _ in seen] != list(range(len(layers))):
+        raise InputError(f"{what} do not run once each, one after the other")
+    for index, before, after in seen:
+        if before is None or before.ndim != 3 or before.shape[:2] != after.shape[:2]:
+            shape = None if before is None else tuple(before.shape)
+            raise InputError(f"{what} read no stream of shape (windows, tokens, width), but {shape}")
+        if index:
+            written = seen[index - 1][2].to(before.device)
+            if written.shape == before.shape and bool((written - before).norm() > _SAME * before.norm()):
+                raise InputError(f"{what} are no chain: layer {index} does not read what layer {index - 1} writes")
+
+
+def _states(args: Any, kwargs: Any, output: Any) -> tuple[Any, Any]:
+    """The stream that a layer was given and that it returns; None where there is none."""
+    found = [*args, *kwargs.values()]
+    before = kwargs["hidden_states"] if not args and "hidden_states" in kwargs else next(iter(found), None)
+    after = output[0] if isinstance(output, tuple | list) else output
+    return (before if isinstance(before, torch.Tensor) else None), after
+
+
 @contextmanager
 def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list[torch.Tensor]]:
     """While this lasts, a list of the last batch's cosines: a layer's mean over the tokens, (B,), fp32 or fp64."""
@@ -100,8 +151,7 @@ def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list
 
     def hook(index: int) -> Callable[..., None]:
         def measure(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
+            before, after = _states(args, kwargs, output)
             if before.shape != after.shape:
                 raise InputError(
                     f"layer {index} reads {before.shape[-1]} numbers and writes {after.shape[-1]}, so it has no cosine:"
@@ -138,7 +188,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if config.model_type in FAMILIES:
         return part(model, FAMILIES[config.model_type].layers)  # type: ignore[no-any-return]
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    body = model.get_decoder()
+    body = body_of(model)
     found = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not found:
         raise InputError(f"no list of {count} decoder layers in {type(model).__name__}: add a row to families.py")

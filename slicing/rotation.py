@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from slicing.bases import Bases, BasisFinder, find_bases, find_metric, leading
 from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, copy_of
+from slicing.causality import check_causal
 from slicing.check import check_classes, check_layers, check_names
 from slicing.families import Family, InputError, find_family
 from slicing.modeling import (
@@ -53,8 +54,9 @@ def rotate_and_slice(
     batch_size: windows run at once; None chooses by the device.
     device: where the layers run; other than the model's, a layer at a time is copied there.
     progress: show a bar over the layers on stderr.
-    Raises InputError for a family that can't be sliced, a layer that does not compute what its row says (check.py) and
-    activations that are not finite. The sliced model's `check_seconds` says how long the check took.
+    Raises InputError for a family that can't be sliced, a model that is not causal, a layer that does not compute what
+        its row says (check.py) and activations that are not finite. The sliced model's `check_seconds` says how long
+        the check took.
     """
     check_weights(model)
     slicer = _Slicer(model, widths, rotations, device)
@@ -91,6 +93,8 @@ class _Slicer:
     def __init__(self, model: PreTrainedModel, widths: list[int], rotations: int, device: torch.device | None) -> None:
         self.family = find_family(model.config)
         check_names(model, self.family)
+        _is_tied(model)  # it has a head
+        check_causal(model)
         self.model = model
         self.rotations = rotations
         self.layers = part(model, self.family.layers)

@@ -86,6 +86,53 @@ def test_perplexity_in_chunks_equals_the_forward(family: str, monkeypatch: pytes
     assert expected.std() > 1e-3, "windows that all look alike would hide a mix-up"
 
 
+_TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+_EXPERTS = {"num_local_experts": 4, "intermediate_size_mlp": 64}
+_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+OTHERS: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "initializer_range": 0.3},
+    "modernbert-decoder": _TINY | {"cls_token_id": 1, "sep_token_id": 2},  # its `decoder` is the head
+    "llama4_text": _TINY | _EXPERTS,  # its `get_decoder` is the whole model
+    "llama4": {"text_config": _TINY | _EXPERTS, "vision_config": _VISION | {"vision_output_dim": 32}},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_perplexity_of_families_whose_parts_are_elsewhere(family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **OTHERS[family])).eval()
+    windows = random_windows()
+    found = window_nll(model, windows, progress=False)
+    torch.testing.assert_close(found, direct_nll(model, windows), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_model_adds_behind_its_body_is_not_lost() -> None:
+    model, windows = tiny_model(), random_windows()
+    forward = model.forward
+
+    def later(**arguments: Any) -> Any:
+        output = forward(**arguments)
+        output.logits = output.logits * (1 + torch.arange(output.logits.shape[1])[:, None] / 8)  # by position
+        return output
+
+    model.forward = later
+    found = window_nll(model, windows, progress=False)
+    with torch.no_grad():
+        logits = later(input_ids=windows).logits[:, :-1].double()
+    expected = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
 def test_scale_or_cap_of_the_head_matters_here(family: str) -> None:
     model, windows = tiny_model(family), random_windows()
@@ -118,7 +165,9 @@ class Wrapped(PreTrainedModel):
     config_class = WrappedConfig
 
     def __init__(self, inner: Any) -> None:
+        attention = inner.config._attn_implementation
         super().__init__(WrappedConfig(text_config=inner.config))
+        inner.config._attn_implementation = attention  # a new outer config resets it: there would be no causal mask
         self.model = inner
 
     def get_decoder(self) -> Any:
@@ -168,6 +217,7 @@ def test_model_is_left_as_it_was() -> None:
 
 def test_forward_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
+    window_nll(model, random_windows(), progress=False)  # what it tries first passes
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise KeyError("head")
@@ -198,6 +248,7 @@ def test_batch_is_halved_when_memory_runs_out_and_no_window_runs_twice(monkeypat
 
 def test_other_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
+    window_nll(model, random_windows(), progress=False)
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("shapes do not match")

@@ -41,9 +41,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "olmo2": _LLAMA,
-    "glm": _LLAMA,
     "bloom": _SIZES | {"n_head": 4},
     "mpt": {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCAB, "max_seq_len": 64},
+    "openai-gpt": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB},  # lists
+    "modernbert-decoder": _LLAMA | {"cls_token_id": 1, "sep_token_id": 2},  # its `decoder` is the head
+    "llama4_text": _LLAMA | {"num_local_experts": 4, "intermediate_size_mlp": 64},
+}
+# families whose layers are no chain of (B, S, D), and why
+NO_CHAIN: dict[str, tuple[dict[str, Any], str]] = {
+    "xlm": (
+        {"emb_dim": 32, "n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCAB, "n_words": VOCAB, "causal": True},
+        r"its 3 layers \(MultiHeadAttention\) are no chain: layer 1 does not read what layer 0 writes",
+    ),
+    "hy_v4": (_LLAMA, r"read no stream of shape .*, but \(1, 16, 4, 32\)"),
+    "dory": (_LLAMA, "do not run once each, one after the other"),
 }
 
 
@@ -169,6 +180,15 @@ def test_lr_runs_for_families_that_can_not_be_sliced(case):
     assert torch.isfinite(found.cosine).all()
 
 
+@pytest.mark.parametrize("case", NO_CHAIN)
+def test_lists_of_modules_that_are_no_chain_have_no_lr(case):
+    settings, message = NO_CHAIN[case]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case, **settings)).eval()
+    with pytest.raises(InputError, match=f"has no layer redundancy: .*{message}"):
+        layer_redundancy(model, windows(3, 8))
+
+
 def test_the_families_that_slicing_refuses_are_among_those_measured():
     assert {"gemma2", "gemma3_text", "olmo2"} <= REFUSED.keys() & OTHERS.keys()
 
@@ -204,8 +224,9 @@ def test_a_sliced_model_has_no_lr():
 
 def test_no_hook_is_left_when_the_forward_fails(monkeypatch):
     model = random_model("llama")
+    layer_redundancy(model, windows(2, 8))
     monkeypatch.setattr(decoder_layers(model)[1].mlp, "forward", lambda states: states[..., :7])
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(InputError, match="its body alone fails: The size of tensor"):
         layer_redundancy(model, windows(2, 8))
     assert not any(module._forward_hooks for module in decoder_layers(model))
 
