@@ -12,6 +12,8 @@ from typing import Any
 
 Names = dict[str, Any]  # fields of a Block
 
+SHORTCUTS = ("embedding_projection", "attn_shortcut", "mlp_shortcut")  # the linear layers that only a sliced layer has
+
 
 @dataclass(frozen=True)
 class Block:

@@ -645,7 +645,9 @@ def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, cap
     (saved,) = (folder / "models").iterdir()
     best = min(points(results, "sweep"), key=lambda point: point["perplexity"])
     assert saved.name == f"SB_{best['base']:.4f}-{best['key'][:8]}"
-    assert "base_model" in (saved / "README.md").read_text()
+    assert "pipeline_tag" in (saved / "README.md").read_text()
+    for file in saved.iterdir():  # what is pushed tells nothing of this machine
+        assert str(runs.folder).encode() not in file.read_bytes(), file.name
     model, tokenizer = load_model(str(saved), device="cpu")
     assert count_parameters(model) == best["parameters"]
     test = token_windows(runs.text, tokenizer, split="test", length=16)

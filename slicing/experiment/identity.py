@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -104,8 +103,3 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     adds = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")}
     return {"class": type(tokenizer).__name__, "whole": content_key(whole)} | special | adds
-
-
-def command_line() -> str:
-    """The command that this process was started with."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

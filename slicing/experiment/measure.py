@@ -27,6 +27,7 @@ from slicing.loading import load_model
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
 from slicing.report.model_card import write_model_card
+from slicing.report.origin import origin_of, public_command, public_name
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.task_content import task_content
 from slicing.tasks import evaluate_tasks
@@ -305,23 +306,21 @@ class Bench:
         """Write the model card of a saved point."""
         options = self.options
         calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens"
+        text = public_name(options.dataset)
         once = ", by the dense model's signals" if point["calibration"] == "once" else ""
         write_model_card(
             folder,
-            model_name=options.model,
-            revision=self._model_entry["revision"],
+            origin=origin_of(options.model, self._model_entry["revision"]),
             slice_percentage=point["mean"],
             slice_base=point["base"],
             widths=point["widths"],
             rotations=point["rotations"],
-            calibration=f"{calibration} of {options.dataset} (train){once}",
-            perplexity={
-                "data": f"{options.dataset} ({options.perplexity_split}), windows of {options.perplexity_length}",
-                "dense": None if dense is None else dense["perplexity"],
-                "sliced": point["perplexity"],
-            },
+            calibration=f"{calibration} of {text} (train){once}",
+            text={"source": text, "split": options.perplexity_split, "length": options.perplexity_length},
+            perplexity={"dense": None if dense is None else dense["perplexity"], "sliced": point["perplexity"]},
+            tasks=point["tasks"],
             parameters=(self._model_entry["parameters"], point["parameters"]),
-            command=identity.command_line(),
+            command=public_command(),
         )
 
 

@@ -1,17 +1,18 @@
 """The README.md of a saved sliced model: what it was made of and how, what it scores, how it is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from slicing.files import local_path, replacing
-from slicing.loading import DEMO
+from slicing.files import replacing
+from slicing.layouts import SHORTCUTS
+from slicing.report.origin import Origin
 
 _TEMPLATE = """\
 ---
-{front_matter}---
+{front_matter}
+---
 
-# {name}, sliced by {percent:g} %
+# {title}
 
 The decoder layers of {origin} on a narrower hidden state: rotated onto its principal components (SliceGPT, Ashkboos
 et al. 2024), with a width for each layer by its redundancy (dynamic slicing, EMNLP 2024 Findings).
@@ -19,13 +20,13 @@ et al. 2024), with a width for each layer by its redundancy (dynamic slicing, EM
 {table}
 
 Widths, layer by layer: {widths}.
-
+{tasks}
 ## Loading
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
 ```
 
@@ -33,10 +34,27 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote
 read them first. They need Transformers {transformers} or newer. lm-eval evaluates it with
 `lm_eval run --model hf --model_args pretrained=path/of/this/folder,trust_remote_code=True --tasks ...`.
 
-The terms of {origin} hold for this model too.
-
 GGUF converters (llama.cpp, Ollama) can't read this folder: their formats have one hidden size for all layers and no
-shortcuts. vLLM has not been tried.
+shortcuts.
+
+## Four bits
+
+Quantise the linear layers of attention and MLP, and leave the rest alone: the shortcuts, which carry the whole hidden
+state from one layer's basis to the next one's, ruin the model where they are quantised with the others.
+
+```python
+keep = {keep}
+BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=keep)  # bitsandbytes
+TorchAoConfig(Int4WeightOnlyConfig(group_size=32), modules_to_not_convert=keep)  # torchao
+QuantoConfig(weights="int4", modules_to_not_convert=keep)  # quanto
+GPTQModifier(targets="Linear", scheme="W4A16", ignore=[f"re:.*{{name}}" for name in keep])  # llm-compressor
+```
+
+Kernels for four bits want widths that their groups divide: `--round-interval 64` or 128 makes such a model.
+
+## Licence
+
+{licence}
 
 ## Made with
 
@@ -46,73 +64,144 @@ shortcuts. vLLM has not been tried.
 """
 
 _OLDEST_TRANSFORMERS = "5.17"
-_DEMO_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def write_model_card(
     folder: str | Path,
     *,
-    model_name: str,
-    revision: str | None,
+    origin: Origin,
     slice_percentage: float,
     slice_base: float | None,
     widths: list[int],
     rotations: int,
     calibration: str,
-    perplexity: dict[str, Any],
+    text: dict[str, Any],
+    perplexity: dict[str, float | None],
+    tasks: dict[str, Any],
     parameters: tuple[int, int],
     command: str,
 ) -> Path:
     """Write README.md into the folder of a saved sliced model and return its path.
 
-    model_name, revision: of the model that was sliced: a hub name, a local path or "demo"; a commit, or None.
+    origin: the model that was sliced.
     slice_percentage, slice_base: SP and SB in [0, 1]; SB None where the widths come from no schedule.
     widths: L hidden sizes.
     rotations: 1 or 2 bases a layer.
     calibration: the text of the calibration, in words.
-    perplexity: "data" (in words), "dense" and "sliced"; a value may be None where it was not measured.
+    text: of the perplexity: its "source" (a name, no path), "split" and the "length" of its windows.
+    perplexity: "dense" and "sliced"; a value may be None where it was not measured.
+    tasks: the scores of the sliced model, as results.json has them.
     parameters: of the dense and of the sliced model, shortcuts and head included, a tied table once.
-    command: the line that made the model.
+    command: the line that made the model, as anybody may read it.
     """
     dense, sliced = parameters
+    title = f"{origin.name}, sliced by {100 * slice_percentage:g} %"
+    named = origin.hub or origin.name
     scores = [f"{model} {_number(perplexity[model])}" for model in ("dense", "sliced")]
+    where = f"{text['source']} ({text['split']}), windows of {text['length']}"
     rows = [
-        ("model that was sliced", f"{model_name} (revision {revision})" if revision else model_name),
+        ("model that was sliced", f"{named} (revision {origin.revision})" if origin.revision else named),
         ("mean cut over the layers (SP)", f"{slice_percentage:.2%}"),
         ("part of the cut that every layer gets (SB)", "none" if slice_base is None else f"{slice_base:.2%}"),
         ("bases a layer", str(rotations)),
         ("calibrated on", calibration),
-        (f"perplexity on {perplexity['data']}", ", ".join(scores)),
+        (f"perplexity on {where}", ", ".join(scores)),
         ("parameters", f"dense {dense:,}, sliced {sliced:,}"),
         ("true cut of the parameters", f"{1 - sliced / dense:.2%}"),
     ]
     card = _TEMPLATE.format(
-        front_matter=_front_matter(model_name),
-        name=model_name.rstrip("/").rpartition("/")[2],
-        percent=100 * slice_percentage,
-        origin=model_name,
-        table="\n".join(["| | |", "|---|---|", *(f"| {_cell(what)} | {_cell(value)} |" for what, value in rows)]),
+        front_matter=_front_matter(origin, title, text, perplexity["sliced"], tasks),
+        title=title,
+        origin=named,
+        table=_table([("", ""), *rows]),
         widths=", ".join(map(str, widths)),
+        tasks=_task_scores(tasks),
         transformers=_OLDEST_TRANSFORMERS,
+        keep=[*SHORTCUTS, "lm_head"],
+        licence=_licence(origin),
         command=command,
     )
     path = Path(folder) / "README.md"
     with replacing(path) as partial:
-        partial.write_text(card, encoding="utf-8", errors="backslashreplace")  # a file's name may be no UTF-8
+        partial.write_text(card, encoding="utf-8")
     return path
 
 
-def _front_matter(model_name: str) -> str:
-    """YAML for the hub, which takes names of its models only: of a local path, the last part."""
-    base = _DEMO_ON_THE_HUB if model_name == DEMO else model_name
-    if local_path(base).exists():
-        base = local_path(base).resolve().name
-    lines = [f"base_model: {json.dumps(base)}", "library_name: transformers", "pipeline_tag: text-generation"]
-    return "".join(f"{line}\n" for line in [*lines, "tags:", "- sliced", "- slicegpt"])
+def _front_matter(
+    origin: Origin, title: str, text: dict[str, Any], perplexity: float | None, tasks: dict[str, Any]
+) -> str:
+    """YAML for the hub, with the scores as its `model-index`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from slicing.text import HUB
+
+    generation: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
+    results = []
+    if perplexity is not None:
+        hub = HUB.get(text["source"])
+        results.append(
+            EvalResult(
+                **generation,
+                dataset_type=hub.repo if hub else "text",
+                dataset_name=text["source"],
+                dataset_split=text["split"],
+                metric_type="perplexity",
+                metric_value=round(perplexity, 4),
+                metric_args={"window": text["length"]},
+            )
+        )
+    for task, score in tasks.items():
+        if score.get("value") is not None:
+            stderr = score.get("stderr")
+            results.append(
+                EvalResult(
+                    **generation,
+                    dataset_type=task,
+                    dataset_name=task,
+                    metric_type="accuracy" if str(score["metric"]).startswith("acc") else str(score["metric"]),
+                    metric_name=str(score["metric"]),
+                    metric_value=round(score["value"], 4),
+                    metric_args=None if stderr is None else {"stderr": round(stderr, 4)},
+                )
+            )
+    data = ModelCardData(
+        base_model=origin.hub,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sliced", "slicegpt"],
+        model_name=title,
+        eval_results=results or None,
+        **origin.licence,
+    )
+    return str(data.to_yaml(line_break="\n"))
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+def _licence(origin: Origin) -> str:
+    named = origin.hub or origin.name
+    if not origin.licence:
+        return f"The terms of {named} hold for this model too; it does not say them where this card could read them."
+    name = origin.licence.get("license_name") or origin.licence["license"]
+    return f"The terms of {named} ({name}) hold for this model too."
+
+
+def _task_scores(tasks: dict[str, Any]) -> str:
+    if not tasks:
+        return ""
+    rows = [("task", "metric", "score")]
+    for task, score in tasks.items():
+        error = "" if score.get("stderr") is None else f" ± {score['stderr']:.4f}"
+        rows.append((task, str(score["metric"]), f"{_number(score.get('value'), 4)}{error}"))
+    return f"\n{_table(rows)}\n"
+
+
+def _table(rows: list[Any]) -> str:
+    """Markdown; the first row is the head."""
+    head, *body = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
 
 
 def _cell(text: str) -> str:
