@@ -96,7 +96,9 @@ def check_tokens(
                 )
     if max(begin, *tokenizer.get_vocab().values()) < vocabulary:
         return
-    for name, requests in _built(tasks, limit, num_fewshot, seed).instances.items():
+    with _no_bars():
+        built = _built(tasks, limit, num_fewshot, seed)
+    for name, requests in built.instances.items():
         highest = max((_highest(request, tokenizer, begin) for request in requests), default=0)
         if highest >= vocabulary:
             token = str(tokenizer.convert_ids_to_tokens(highest))

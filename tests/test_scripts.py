@@ -28,6 +28,7 @@ from slicing.command_line import exit_code
 from slicing.experiment.options import Options, check, read_vector
 from slicing.flags import said
 from slicing.flags import spelled as flag_name
+from slicing.loading import load_tokenizer
 from slicing.tasks import evaluate_tasks
 from slicing.text import is_file
 
@@ -526,6 +527,19 @@ def test_an_unknown_family_lists_the_known_ones(refused, spoilt):
 def test_a_family_that_no_rotation_fits_is_refused_with_the_reason(refused, spoilt):
     Gemma2Config(num_hidden_layers=LAYERS).save_pretrained(spoilt)
     with_model(sweep, str(spoilt), refused, "can't slice 'gemma2': it normalises a block's output .*; choose one of")
+
+
+def test_tokens_of_tasks_outside_the_vocabulary_are_refused(refused, spoilt):
+    tokenizer = load_tokenizer(str(spoilt))
+    tokenizer.add_tokens([*(f"extra{i}" for i in range(40)), "colour"])  # not in the text
+    tokenizer.save_pretrained(spoilt)
+    more = ["--model", str(spoilt), "--include-path", str(TASKS), "--tasks"]
+    refused(
+        sweep, [*more, "tiny_colours"], "task tiny_colours has the token 'colour', of id 3.., .*ends at 303: use the"
+    )
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(spoilt)
+    refused(sweep, [*more, "tiny_endings"], "the tokenizer has neither a begin nor an end token")
 
 
 def test_an_unknown_task_gets_near_matches(refused):
