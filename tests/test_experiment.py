@@ -410,7 +410,13 @@ def test_a_run_killed_at_20_random_moments_ends_as_an_undisturbed_one_and_measur
             process = start(output)
             # a run that goes on is shorter, so this covers the writing of plots as well
             disturbed = kills < 20 and len(finished) < len(order)
-            process.join(moments.uniform(0, 0.6 * length) if disturbed else None)
+            if disturbed and kills % 2:  # after some more points, whatever else the machine does
+                goal = len(finished) + moments.randint(1, 3)
+                while process.is_alive() and len(point_files(runs.folder / output)) < goal:
+                    time.sleep(0.005)
+                process.join(moments.uniform(0, 0.1))
+            else:
+                process.join(moments.uniform(0, 0.6 * length) if disturbed else None)
             if process.exitcode is None:
                 process.kill()
                 process.join()
