@@ -56,7 +56,10 @@ class Screen:
             _drop_output()
             if isinstance(self.error, BrokenPipeError):
                 raise self.error
-            raise InputError(f"the output can't be written ({self.error.strerror}): the files are") from self.error
+            why = f"stdout can't be written ({self.error.strerror})"
+            raise InputError(
+                f"{why}: what goes into files is there, and the same command prints it again"
+            ) from self.error
 
 
 def _in_coding(line: str, coding: str | None) -> str:
