@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
-from slicing.modeling import SlicedConfig, SlicedLayer, find_block, has, input_axis, matrix, of_family, part
+from slicing.modeling import SlicedConfig, SlicedLayer, bias_name, find_block, has, input_axis, matrix, of_family, part
 from slicing.pca import Basis
 from slicing.weights import LayerWriter, gained_biases
 
@@ -167,29 +167,32 @@ class _Trial:
         unit = _random(1, TOKENS, rank, seed=self.seed) * math.sqrt(self.hidden_size / rank)
         states = [(unit * size).to(self.like) for size in (self.size, SMALL)]
         args, kwargs = self.call
-        found = [_hidden(self.sliced(state, *args, **kwargs)) for state in states]
+        found = [self.sliced(state, *args, **kwargs) for state in states]
         self._project_writers()
         basis, following = self.basis.to(self.like), self.following.to(self.like)
         errors = [0.0]
         for state, given in zip(states, found, strict=True):
-            wanted = _hidden(self.dense(state @ basis.T, *args, **kwargs))
-            if bool(wanted.isfinite().all()):  # else the weights are bad: the calibration says so
-                errors += [_relative(given @ following.T, wanted)]
+            wanted = self.dense(state @ basis.T, *args, **kwargs)
+            if isinstance(wanted, tuple) != isinstance(given, tuple):
+                raise ValueError(f"it returns a {type(wanted).__name__}, sliced a {type(given).__name__}")
+            if bool(_hidden(wanted).isfinite().all()):  # else the weights are bad: the calibration says so
+                errors += [_relative(_hidden(given) @ following.T, _hidden(wanted))]
         return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
     def _project_writers(self) -> None:
         """Let the dense layer write in the span of M (attention) and of F (the MLP) only."""
         block = self.sliced.block
         rank = self.basis.shape[1]
-        for path in (block.attention_out, *block.mlp_out):
+        for path in block.writers():
             span = self.span if self.sliced.parallel or path in block.mlp_out else self.span[:, :rank]
             projection = (span @ span.T).to(self.like)
             owner, name = matrix(self.dense, path)
             weight = getattr(owner, name)
             projected = projection @ weight if input_axis(owner) == -1 else weight @ projection
             setattr(owner, name, nn.Parameter(projected, requires_grad=False))
-            if getattr(owner, "bias", None) is not None:
-                owner.bias = nn.Parameter(owner.bias @ projection, requires_grad=False)
+            bias = getattr(owner, bias_name(name), None)
+            if bias is not None:
+                setattr(owner, bias_name(name), nn.Parameter(bias @ projection, requires_grad=False))
 
     def _check_norms(self) -> None:
         """A LayerNorm centres, and the row must say so: the ones vector is dropped from its bases alone."""

@@ -20,6 +20,7 @@ from .layouts import (
     decoder,
     experts,
     layer,
+    one_branch,
     reads,
 )
 
@@ -40,8 +41,18 @@ def _refuse_opt(config: Any) -> str | None:
     return None
 
 
-def _refuse_gpt2(config: Any) -> str | None:
+def _refuse_cross_attention(config: Any) -> str | None:
     return "it has cross-attention (add_cross_attention)" if config.add_cross_attention else None
+
+
+def _refuse_bloom(config: Any) -> str | None:
+    if config.apply_residual_connection_post_layernorm:
+        return "its residual is the normalised stream (apply_residual_connection_post_layernorm)"
+    return None
+
+
+def _refuse_cohere2_moe(config: Any) -> str | None:
+    return "it has RMSNorm (rms_norm_eps), the row is of the LayerNorm" if config.rms_norm_eps is not None else None
 
 
 _ONE_NORM: Names = {"mlp_norm": "input_layernorm", "parallel": True}
@@ -100,6 +111,34 @@ _LFM2_MLP: Names = {
     "mlp_out": ("feed_forward.w2",),
 }
 
+_NO_ROUTED: Names = {
+    "mlp": ("shared_mlp",),
+    "mlp_in": ("shared_mlp.input_linear",),
+    "mlp_out": ("shared_mlp.output_linear",),
+}
+_GRANITE_EXPERTS = experts("router", module="block_sparse_moe")
+_GRANITE_BOTH = _GRANITE_EXPERTS | {
+    "beside": ("shared_mlp",),
+    "mlp_in": (*_GRANITE_EXPERTS["mlp_in"], *_NO_ROUTED["mlp_in"]),
+    "mlp_out": (*_GRANITE_EXPERTS["mlp_out"], *_NO_ROUTED["mlp_out"]),
+}
+_GRANITE_SCALE: Names = {"scale": "residual_multiplier"}
+_MAMBA = _mixer("mamba", "in_proj")
+_ONE_MIXER = one_branch("norm") | {
+    "attention": "mixer",
+    "attention_in": ("mixer.in_proj",),
+    "attention_out": "mixer.out_proj",
+}
+_NEMOTRON_H = (
+    layer(**_ONE_MIXER),
+    layer(
+        **_ONE_MIXER
+        | {"attention_in": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "attention_out": "mixer.o_proj"}
+    ),
+    layer(**one_branch("norm", **experts(shared="shared_experts", module="mixer", gated=False))),
+    layer(**one_branch("norm", mlp=("mixer",), mlp_in=("mixer.up_proj",), mlp_out=("mixer.down_proj",))),
+)
+
 _LLAMA_BROTHERS = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "bitnet", "cwm", "diffllama", "ernie4_5", "exaone", "helium"),
     *("hunyuan_v1_dense", "internlm3", "iquestcoder", "ministral", "ministral3", "seed_oss"),
@@ -110,7 +149,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_LLAMA_BROTHERS, decoder()),
     **dict.fromkeys(("phi3", "phi4_multimodal"), decoder(names=_PHI3)),
     **dict.fromkeys(("apertus", "apertus1p5_text"), decoder(names=_APERTUS)),
-    **dict.fromkeys(("granite", "granite_swa"), decoder(names={"scale": "residual_multiplier"})),
+    **dict.fromkeys(("granite", "granite_swa"), decoder(names=_GRANITE_SCALE)),
     "arcee": decoder(names=_UP_ONLY),
     "gemma": decoder(**_GEMMA_NORM),
     "vaultgemma": decoder(names={"mlp_norm": "pre_feedforward_layernorm"}, **_GEMMA_NORM),
@@ -144,7 +183,15 @@ FAMILIES: dict[str, Family] = {
         tables=("transformer.wte", "transformer.wpe"),
         whole_tables=True,
         **_LAYER_NORM,
-        refuse=_refuse_gpt2,
+        refuse=_refuse_cross_attention,
+    ),
+    "gpt_bigcode": decoder(
+        names=_GPT_NORMS | _GPT_MLP | {"attention_in": ("attn.c_attn",), "attention_out": "attn.c_proj"},
+        layers="transformer.h",
+        tables=("transformer.wte", "transformer.wpe"),
+        whole_tables=True,
+        **_LAYER_NORM,
+        refuse=_refuse_cross_attention,
     ),
     "gpt_neo": decoder(
         names=_GPT_NORMS
@@ -156,6 +203,32 @@ FAMILIES: dict[str, Family] = {
         layers="transformer.h",
         tables=("transformer.wte", "transformer.wpe"),
         whole_tables=True,
+        **_LAYER_NORM,
+    ),
+    "xglm": decoder(names=_OPT, whole_tables=True, **_LAYER_NORM, refuse=_refuse_cross_attention),
+    "bloom": decoder(
+        names=_FALCON | {"residual": ("self_attention", "mlp")},
+        layers="transformer.h",
+        tables=("transformer.word_embeddings",),
+        whole_tables=True,
+        **_LAYER_NORM,
+        refuse=_refuse_bloom,
+    ),
+    "mpt": decoder(
+        names={
+            "attention": "attn",
+            "attention_norm": "norm_1",
+            "attention_in": ("attn.Wqkv",),
+            "attention_out": "attn.out_proj",
+            "mlp": ("ffn",),
+            "mlp_norm": "norm_2",
+            "mlp_in": ("ffn.up_proj",),
+            "mlp_out": ("ffn.down_proj",),
+            "residual": ("ffn",),
+            "dropout": ("resid_attn_dropout", None),
+        },
+        layers="transformer.blocks",
+        tables=("transformer.wte",),
         **_LAYER_NORM,
     ),
     "starcoder2": decoder(names=_GPT_MLP, **_LAYER_NORM),
@@ -236,13 +309,28 @@ FAMILIES: dict[str, Family] = {
     "minimax_m3_vl_text": decoder(
         mlps=(experts(shared="shared_experts", gate_up="gate_up_proj"), _GATE_UP), **_GEMMA_NORM
     ),
+    **dict.fromkeys(("granitemoe", "granitemoe_swa"), decoder(mlps=(_GRANITE_EXPERTS,), names=_GRANITE_SCALE)),
+    "granitemoeshared": decoder(mlps=(_GRANITE_BOTH, _GRANITE_EXPERTS), names=_GRANITE_SCALE),
+    "ernie4_5_moe": decoder(mlps=(experts(shared="shared_experts"), experts(), MLP)),
+    "gpt_oss": decoder(mlps=(experts("router"),)),
+    "aria_text": decoder(mlps=(experts("router", shared="shared_experts"),)),
+    "llama4_text": decoder(
+        mlps=(experts("router", shared="shared_expert", module="feed_forward"), _JAMBA_MLP), norm_eps="eps"
+    ),
+    "cohere2_moe": decoder(
+        mlps=(experts(shared="shared_experts"), experts(), MLP),
+        names=_ONE_NORM,
+        layer_norm=True,
+        refuse=_refuse_cohere2_moe,
+    ),
+    "phimoe": decoder(mlps=(experts("router") | {"constant": True},), **_LAYER_NORM),
     # multi-head latent attention
     "minicpm3": decoder(MLA, names={"scale": "residual_scale"}),
     "youtu": decoder(MLA),
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"), decoder(MLA, MLA_PLAIN_QUERY, mlps=_SHARED)
     ),
-    "deepseek_v32": decoder(_INDEXED, mlps=_SHARED),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), decoder(_INDEXED, mlps=_SHARED)),
     # hybrids: another mixer in some layers
     "qwen3_5_text": decoder(*_DELTA_NET, **_GEMMA_NORM),
     "qwen3_5_moe_text": decoder(*_DELTA_NET, mlps=(_QWEN_SHARED,), **_GEMMA_NORM),
@@ -258,13 +346,21 @@ FAMILIES: dict[str, Family] = {
         mlps=_SHARED,
     ),
     "jamba": decoder(
-        _mixer("mamba", "in_proj"),
+        _MAMBA,
         ATTENTION,
         mlps=(experts("router", module="feed_forward"), _JAMBA_MLP),
         names={"mlp_norm": "pre_ff_layernorm"},
     ),
+    "bamba": decoder(_MAMBA, ATTENTION, mlps=(_JAMBA_MLP,), names={"mlp_norm": "pre_ff_layernorm"}),
+    "granitemoehybrid": decoder(_MAMBA, ATTENTION, mlps=(_GRANITE_BOTH, _NO_ROUTED), names=_GRANITE_SCALE),
     "lfm2": decoder(*_LFM2, mlps=(_LFM2_MLP,), names=_LFM2_NORMS),
     "lfm2_moe": decoder(*_LFM2, mlps=(experts(module="feed_forward"), _LFM2_MLP), names=_LFM2_NORMS),
+    # one branch a layer
+    "nemotron_h": decoder(blocks=_NEMOTRON_H, tables=("model.embeddings",)),
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba"),
+        decoder(_ONE_MIXER, mlps=({},), layers="backbone.layers", tables=("backbone.embeddings",)),
+    ),
 }
 
 _POST_NORM = "it normalises a block's output before adding it, which slicing does not handle"

@@ -17,33 +17,39 @@ SHORTCUTS = ("embedding_projection", "attn_shortcut", "mlp_shortcut")  # the lin
 
 @dataclass(frozen=True)
 class Block:
-    """One layout of a decoder layer."""
+    """One layout of a decoder layer.
+
+    A layer of one branch is parallel and has no attention or no MLP: there the names are empty, and both norms its one.
+    """
 
     attention: str  # the attention module
     attention_norm: str
     attention_in: tuple[str, ...]  # matrices that read the normalised stream
     attention_out: str  # the matrix that writes to the stream
-    mlp: tuple[str, ...]  # modules run one after another
+    mlp: tuple[str, ...]  # modules run one after another; where one gives a tuple, its first is meant
     mlp_norm: str  # the attention's own where a parallel block has one norm for both
     mlp_in: tuple[str, ...]
     mlp_out: tuple[str, ...]  # several in a mixture of experts
     parallel: bool | str = False  # or the layer's attribute that says so
     experts: bool = False  # the MLP's modules return the width that they read
+    beside: tuple[str, ...] = ()  # modules that read what the MLP reads, and whose outputs are added to the MLP's
+    constant: bool = False  # the experts can't have the bias of the norm that they read: one channel is 1 for it
+    residual: tuple[str, ...] = ()  # modules that would add the stream themselves: they are given 0 as `residual`
     scale: str | None = None  # the layer's attribute that multiplies what a branch adds to the stream
     dropout: tuple[str | None, str | None] = (None, None)  # after attention, after MLP: a module or probability, dotted
 
     def paths(self) -> tuple[str, ...]:
         """Every module or parameter named here."""
-        norms = (self.attention_norm, self.mlp_norm)
-        return (
-            self.attention,
-            *norms,
-            *self.attention_in,
-            self.attention_out,
-            *self.mlp,
-            *self.mlp_in,
-            *self.mlp_out,
-        )
+        modules = (self.attention, self.attention_norm, *self.mlp, *self.beside, self.mlp_norm)
+        return tuple(path for path in (*modules, *self.readers(), *self.writers()) if path)
+
+    def readers(self) -> tuple[str, ...]:
+        """The matrices that read the normalised stream."""
+        return (*self.attention_in, *self.mlp_in)
+
+    def writers(self) -> tuple[str, ...]:
+        """The matrices that write to the stream."""
+        return (*((self.attention_out,) if self.attention_out else ()), *self.mlp_out)
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,18 @@ def experts(
     gate_up: str | None = None,
     also: str | None = None,
     module: str = "mlp",
+    gated: bool = True,
 ) -> Names:
     """A mixture of experts: its router and stacked experts, the shared expert beside them, a further reader.
 
-    gate_up: the one matrix of a shared expert that has its gate's and its up-projection in one.
+    gate_up: the one matrix of a shared expert that has its gate's and its up-projection in one. gated: the experts
+    have a gate.
     """
-    readers = [router, "experts.gate_up_proj"]
+    readers = [router, f"experts.{'gate_up_proj' if gated else 'up_proj'}"]
     writers = ["experts.down_proj"]
     if shared:
-        readers += [f"{shared}.{gate_up}"] if gate_up else [f"{shared}.gate_proj", f"{shared}.up_proj"]
+        both = [gate_up] if gate_up else ["gate_proj", "up_proj"] if gated else ["up_proj"]
+        readers += [f"{shared}.{name}" for name in both]
         writers += [f"{shared}.down_proj"]
     if also:
         readers += [also]
@@ -103,6 +112,12 @@ def experts(
         "mlp_out": tuple(f"{module}.{name}" for name in writers),
         "experts": True,
     }
+
+
+def one_branch(norm: str, **names: Any) -> Names:
+    """A layer with one branch: an attention or another mixer, or an MLP."""
+    nothing: Names = {"attention": "", "attention_in": (), "attention_out": "", "mlp": (), "mlp_in": (), "mlp_out": ()}
+    return nothing | {"attention_norm": norm, "mlp_norm": norm, "parallel": True} | names
 
 
 def reads(block: Names, *names: str) -> Names:

@@ -7,12 +7,14 @@ A saved folder carries copies of this file, of `families.py` and of `layouts.py`
 project.
 """
 
+import ast
 import copy
 import math
 import os
 from dataclasses import field
 from functools import cache, reduce
-from inspect import signature
+from inspect import Parameter, getsource, signature, unwrap
+from textwrap import dedent
 from typing import Any, ClassVar, Self
 
 import torch
@@ -143,9 +145,11 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
         self.block = find_block(layer, family)
         self.parallel = is_parallel(layer, self.block)
         self.returns_tuple = returns_tuple(layer)
+        self.arguments = arguments_of(layer, self.block)
         self.mlp_width = width
         if self.block.experts:  # they return the width that they read: zeros fill it up; grouped products take 16 bytes
-            self.mlp_width = min(8 * math.ceil(max(width, self.next_width) / 8), hidden_size)
+            least = max(width + self.block.constant, self.next_width)
+            self.mlp_width = min(8 * math.ceil(least / 8), hidden_size)
         narrow, two_bases = width < hidden_size, config.rotations == 2 and not self.parallel
         self.embedding_projection = self._linear(hidden_size, width) if projected and index == 0 else None
         self.attn_shortcut = self._linear(width, width) if narrow and two_bases else None
@@ -155,9 +159,12 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
             if not self.parallel:
                 resize(self, self.block.attention_out, width, writes=True)
         if self.next_width < hidden_size:
-            writers = (*self.block.mlp_out, self.block.attention_out) if self.parallel else self.block.mlp_out
-            for path in writers:
+            if self.parallel and self.block.attention_out:
+                resize(self, self.block.attention_out, self.next_width, writes=True)
+            for path in self.block.mlp_out:
                 resize(self, path, self.mlp_width if self.block.experts else self.next_width, writes=True)
+        if self.block.experts:
+            set_widths(self, self.block, hidden_size, self.mlp_width)
 
     def _read(self, family: Family, config: SlicedConfig, width: int) -> None:
         """Give the norms and the matrices that read the stream their width."""
@@ -167,12 +174,12 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
             for path in paths:
                 resize(self, path, inputs)
                 owner, name = matrix(self, path)
-                if path in config.gained_biases or getattr(owner, "bias", None) is not None:
-                    weight = getattr(owner, name)
+                if name == "weight" and (path in config.gained_biases or getattr(owner, "bias", None) is not None):
+                    weight = owner.weight
                     owner.bias = nn.Parameter(weight.new_empty(weight.shape[-3 - input_axis(owner)]))
 
     def _linear(self, inputs: int, outputs: int) -> nn.Linear:
-        owner, name = matrix(self, self.block.attention_out)
+        owner, name = matrix(self, self.block.writers()[0])
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(getattr(owner, name).new_empty(outputs, inputs))
         return linear
@@ -191,8 +198,12 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
         if not self.parallel or self.block.mlp_norm != self.block.attention_norm:
             normed = part(self, self.block.mlp_norm)(stream)
         if self.mlp_width > normed.shape[-1]:
+            if self.block.constant:
+                normed = nn.functional.pad(normed, (0, 1), value=1.0)
             normed = nn.functional.pad(normed, (0, self.mlp_width - normed.shape[-1]))
-        mlp = mlp_branch(self, self.block, normed)[..., : self.next_width]
+        mlp = mlp_branch(self, self.block, normed)
+        if self.block.experts:
+            mlp = mlp[..., : self.next_width]
         if self.mlp_shortcut is not None:
             stream = self.mlp_shortcut(stream)
         stream = stream + attention + mlp if self.parallel else stream + mlp
@@ -311,12 +322,12 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
     """Give a family's model, in place, the layers and tables of a sliced one; changed weights are left empty."""
     family = FAMILIES[config.dense_model_type]
     projected = config.embedding_size > config.widths[0]
-    layers = part(model.base_model, below_body(family.layers))
+    layers = in_model(model, family.layers)
     if isinstance(layers[0], SlicedLayer):  # a classifier's body, made as a sliced one
         return
     if config.embedding_size < config.hidden_size:
         for path in family.tables:
-            table = part(model.base_model, below_body(path))
+            table = in_model(model, path)
             table.embedding_dim = config.embedding_size
             table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.embedding_size))
             table._is_hf_initialized = False
@@ -324,9 +335,11 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
         layers[index] = of_family(SlicedLayer, layer.__class__)(layer, family, config, index, projected)
 
 
-def below_body(path: str) -> str:
-    """A path of families.py, which starts at the causal LM, as it is below its body."""
-    return path.partition(".")[2]
+def in_model(model: PreTrainedModel, path: str) -> Any:
+    """What a path of families.py, which starts at the causal LM, leads to in that or in another model of the family."""
+    if has(model, path):
+        return part(model, path)
+    return part(model.base_model, path.partition(".")[2])
 
 
 def part(layer: nn.Module, path: str) -> Any:
@@ -346,7 +359,13 @@ def matrix(layer: nn.Module, path: str) -> tuple[Any, str]:
 
 def input_axis(owner: nn.Module) -> int:
     """The axis of a matrix that runs over its inputs; the outputs' is the other of the last two."""
-    return -2 if isinstance(owner, Conv1D) else -1
+    transposed = isinstance(owner, Conv1D) or type(owner).__name__ == "Llama4TextExperts"
+    return -2 if transposed or getattr(owner, "is_transposed", False) else -1
+
+
+def bias_name(name: str) -> str:
+    """The name of the bias that belongs to a matrix: (outputs) or, of experts, (experts, outputs)."""
+    return "bias" if name == "weight" else f"{name}_bias"
 
 
 def find_block(layer: nn.Module, family: Family) -> Block:
@@ -370,24 +389,90 @@ def is_parallel(layer: nn.Module, block: Block) -> bool:
 
 
 def returns_tuple(layer: nn.Module) -> bool:
-    """Whether the family's body takes `[0]` of what a layer returns: those layers still take `output_attentions`."""
-    return "output_attentions" in signature(type(layer).forward).parameters
+    """Whether the family's body takes a layer's first output out of a tuple: what the layer's code returns last."""
+    return _returns_tuple(_dense_class(layer))
+
+
+@cache
+def _returns_tuple(dense: Any) -> bool:
+    try:
+        source = ast.parse(dedent(getsource(unwrap(dense.forward))))
+    except (OSError, TypeError):  # no source at hand: such layers mostly still take `output_attentions`
+        return "output_attentions" in signature(dense.forward).parameters
+    last = [node.value for node in ast.walk(source) if isinstance(node, ast.Return)][-1]
+    return isinstance(last, ast.Tuple) or (isinstance(last, ast.Name) and last.id == "outputs")
+
+
+def _dense_class(layer: nn.Module) -> Any:
+    return getattr(layer, "dense_class", None) or type(layer)
+
+
+Arguments = tuple[tuple[str, ...], tuple[str, ...] | None, str | None]
+_CACHES = (
+    "cache",
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "cache_params",
+)  # names that Transformers gave it
+
+
+def arguments_of(layer: nn.Module, block: Block) -> Arguments:
+    """How a layer's arguments reach its attention: the names of the positional ones beyond the stream, the names that
+    the attention takes (None for any), and the attention's name of the cache."""
+    attention: Any = type(part(layer, block.attention)) if block.attention else None
+    return _arguments(_dense_class(layer), attention)
+
+
+@cache
+def _arguments(dense: Any, attention: Any) -> Arguments:
+    given = signature(dense.forward).parameters.values()
+    positional = tuple(each.name for each in given if each.kind is Parameter.POSITIONAL_OR_KEYWORD)[2:]
+    if attention is None:
+        return positional, None, None
+    taken = signature(attention.forward).parameters
+    any_name = any(each.kind is Parameter.VAR_KEYWORD for each in taken.values())
+    return positional, None if any_name else tuple(taken), next((name for name in _CACHES if name in taken), None)
 
 
 def attention_branch(
     layer: nn.Module, block: Block, normed: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, Any]:
-    """What attention adds to the stream (B, S, d), from the normalised stream, and the attention weights if given."""
-    output = part(layer, block.attention)(normed, *args, **kwargs)
-    hidden, weights = (output[0], output[1]) if isinstance(output, tuple) else (output, None)
-    return _added(layer, block, hidden, block.dropout[0]), weights
+    """What attention adds to the stream (B, S, d), from the normalised stream, and what else it gives: the last of a
+    tuple, mostly its weights. The layer's arguments are handed on by name."""
+    if not block.attention:
+        return normed.new_zeros(()), None
+    positional, taken, cache_name = getattr(layer, "arguments", None) or arguments_of(layer, block)
+    named = dict(zip(positional, args, strict=False)) | kwargs
+    for name in _CACHES:
+        if name in named and name != cache_name and cache_name is not None:
+            named[cache_name] = named.pop(name)
+    if taken is not None:
+        named = {name: value for name, value in named.items() if name in taken}
+    if block.attention in block.residual:
+        named["residual"] = normed.new_zeros(())
+    output = part(layer, block.attention)(normed, **named)
+    hidden, rest = (output[0], output[-1]) if isinstance(output, tuple) else (output, None)
+    return _added(layer, block, hidden, block.dropout[0]), rest
 
 
 def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor) -> torch.Tensor:
     """What the MLP adds to the stream (B, S, d), from the normalised stream."""
+    if not block.mlp:
+        return normed.new_zeros(())
+    hidden = normed
     for path in block.mlp:
-        normed = part(layer, path)(normed)
-    return _added(layer, block, normed, block.dropout[1])
+        zero = {"residual": normed.new_zeros(())} if path in block.residual else {}
+        hidden = _first(part(layer, path)(hidden, **zero))
+    hidden = hidden.reshape(*normed.shape[:-1], hidden.shape[-1])  # some experts give (B * S, d)
+    for path in block.beside:
+        hidden = hidden + _first(part(layer, path)(normed))
+    return _added(layer, block, hidden, block.dropout[1])
+
+
+def _first(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, dropout: str | None) -> torch.Tensor:
@@ -406,11 +491,22 @@ def resize(layer: nn.Module, path: str, width: int, writes: bool = False) -> Non
     shape[-3 - axis if writes else axis] = width
     setattr(owner, name, nn.Parameter(weight.new_empty(shape)))
     owner._is_hf_initialized = False  # a model made without a checkpoint still has to fill it
-    if writes and getattr(owner, "bias", None) is not None:
-        owner.bias = nn.Parameter(owner.bias.new_empty(width))
+    bias = getattr(owner, bias_name(name), None)
+    if writes and bias is not None:
+        setattr(owner, bias_name(name), nn.Parameter(bias.new_empty(*bias.shape[:-1], width)))
     for attribute in ("out_features", "nf", "hidden_dim") if writes else ("in_features", "nx", "hidden_dim"):
         if hasattr(owner, attribute):
             setattr(owner, attribute, width)
+
+
+def set_widths(layer: nn.Module, block: Block, hidden_size: int, width: int) -> None:
+    """Give the modules around experts, which shape by attributes, the width in D's place."""
+    for path in (*block.mlp, *block.mlp_in, *block.mlp_out):
+        found = part(layer, path)
+        module = matrix(layer, path)[0] if isinstance(found, nn.Parameter) else found
+        for attribute in ("hidden_dim", "hidden_size", "input_size"):
+            if vars(module).get(attribute) == hidden_size:
+                setattr(module, attribute, width)
 
 
 def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_size: int) -> None:

@@ -137,12 +137,12 @@ def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int)
 
 
 def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:
-    first = part(model, family.layers)[0]
+    gained = (gained_biases(layer, find_block(layer, family)) for layer in part(model, family.layers))
     return SlicedConfig.of(
         model.config,
         widths=list(widths),
         rotations=rotations,
-        gained_biases=gained_biases(first, find_block(first, family)),
+        gained_biases=list(dict.fromkeys(path for paths in gained for path in paths)),
         tie_word_embeddings=_is_tied(model),
         dtype=next(model.parameters()).dtype,
     )

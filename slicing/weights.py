@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slicing.families import Block, Family
-from slicing.modeling import SlicedLayer, input_axis, matrix, part
+from slicing.modeling import SlicedLayer, bias_name, input_axis, matrix, part
 from slicing.pca import Basis
 
 
@@ -33,7 +33,8 @@ class LayerWriter:
         mlp_basis = basis if sliced.parallel else middle
         self._readers(dense, sliced, block.attention_norm, block.attention_in, basis, 0)
         self._readers(dense, sliced, block.mlp_norm, block.mlp_in, mlp_basis, sliced.mlp_width)
-        self._writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
+        if block.attention_out:
+            self._writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
         for path in block.mlp_out:
             self._writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
         if sliced.attn_shortcut is not None and basis is not None and middle is not None:
@@ -44,7 +45,7 @@ class LayerWriter:
     def _readers(
         self,
         dense: nn.Module,
-        sliced: nn.Module,
+        sliced: SlicedLayer,
         norm_path: str,
         paths: tuple[str, ...],
         basis: Basis | None,
@@ -57,8 +58,10 @@ class LayerWriter:
         rotation = basis.decoder * math.sqrt(self.hidden_size / basis.width)
         if getattr(norm, "weight", None) is not None:
             rotation = rotation * (self.fp64(norm.weight) + self.family.norm_offset)[:, None]
-        rotation = _padded(rotation, width)
         shift = getattr(norm, "bias", None)
+        if shift is not None and sliced.block.constant and width:
+            rotation, shift = torch.cat([rotation, self.fp64(shift)[:, None]], 1), None
+        rotation = _padded(rotation, width)
         for path in paths:
             owner, name = matrix(dense, path)
             target, _ = matrix(sliced, path)
@@ -66,7 +69,7 @@ class LayerWriter:
             for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
                 wide = self.fp64(weight)
                 fill(filled, wide @ rotation if axis == -1 else rotation.T @ wide)
-                if getattr(target, "bias", None) is not None:
+                if name == "weight" and getattr(target, "bias", None) is not None:
                     bias = torch.zeros_like(rotation[0, 0]) if owner.bias is None else self.fp64(owner.bias)
                     if shift is not None:
                         bias = bias + (wide @ self.fp64(shift) if axis == -1 else self.fp64(shift) @ wide)
@@ -82,8 +85,9 @@ class LayerWriter:
         for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
             wide = self.fp64(weight)
             fill(filled, encoder.T @ wide if input_axis(owner) == -1 else wide @ encoder)
-        if getattr(owner, "bias", None) is not None:
-            fill(target.bias, encoder.T @ self.fp64(owner.bias))
+        bias = getattr(owner, bias_name(name), None)
+        if bias is not None:
+            fill(getattr(target, bias_name(name)), self.fp64(bias) @ encoder)
 
     def fp64(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight in fp64, where the products run."""
@@ -115,7 +119,8 @@ def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch
 def gained_biases(layer: nn.Module, block: Block) -> list[str]:
     """The linear layers without a bias that read a norm with one."""
     gained: list[str] = []
-    for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, block.mlp_in)):
+    mlp_in = () if block.constant else block.mlp_in
+    for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, mlp_in)):
         if getattr(part(layer, norm), "bias", None) is not None:
             gained += [path for path in paths if part(layer, path).bias is None]
     return gained

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slicing.families import FAMILIES, Family
-from slicing.modeling import find_block, input_axis, matrix, part
+from slicing.modeling import bias_name, find_block, has, input_axis, matrix, part
 
 HIDDEN, LAYERS, HEADS, GROUPS, INNER, VOCAB = 48, 3, 4, 2, 64, 96
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -104,6 +104,32 @@ _SMALL_EARS = _SMALL_EYES | {"num_blocks": 1, "ext_pw_out_channel": 16, "nemo_co
 _ROPES = {name: {"rope_type": "default", "rope_theta": 1e4} for name in ("full_attention", "sliding_attention")}
 _HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 _DELTA_SIZES = {"linear_head_dim": 8, "linear_num_heads": 2, "head_dim": 16}
+_GRANITE_MOE = _LLAMA | _MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_MAMBA_LAYERS = {"layer_types": ["mamba", "attention", "mamba"]}
+_MAMBA = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "state_size": 8}
+_XGLM = {
+    "d_model": HIDDEN,
+    "num_layers": LAYERS,
+    "attention_heads": HEADS,
+    "ffn_dim": INNER,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
+_NEMOTRON_H = {
+    "hybrid_override_pattern": "M*E-",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 24,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 32,
+}
 _CONVOLUTION = {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
 
 # The other families: their layers are checked, sliced and found lossless; what every slicing does is tested on CASES.
@@ -124,6 +150,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4_multimodal": ("phi4_multimodal", _LLAMA | {"vision_config": _SMALL_EYES, "audio_config": _SMALL_EARS}),
     "biogpt": ("biogpt", _PLAIN),
     "gpt_neo": ("gpt_neo", _PLAIN | {"num_layers": LAYERS, "attention_types": [[["global", "local", "global"], 1]]}),
+    "gpt_bigcode": ("gpt_bigcode", _GPT),
+    "xglm": ("xglm", _TOKENS | _XGLM),
+    "bloom": ("bloom", _SIZES | {"n_head": HEADS, "n_layer": LAYERS}),
+    "mpt": (
+        "mpt",
+        _TOKENS | {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": 64},
+    ),
     "codegen": ("codegen", _GPT | {"rotary_dim": 4}),
     "cohere_compass_text": ("cohere_compass_text", _LLAMA | {"rope_parameters": _ROPES}),
     # mixture of experts
@@ -142,8 +175,34 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         name: (name, _LLAMA | _DENSE_EXPERTS)
         for name in ("dots1", "exaone_moe", "glm4_moe", "hy_v3", "laguna", "sarvam_moe", "solar_open")
     },
+    "gpt_oss": ("gpt_oss", _LLAMA | {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "aria_text": ("aria_text", _LLAMA | {"head_dim": 12, "moe_num_experts": 4, "moe_topk": 2}),
+    "llama4_text": (
+        "llama4_text",
+        _LLAMA | {"head_dim": 12, "num_local_experts": 4, "intermediate_size_mlp": 40, "moe_layers": [0, 2]},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        _LLAMA | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    ),
+    "ernie4_5_moe-routed": (
+        "ernie4_5_moe",
+        _LLAMA | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 0},
+    ),
+    **{name: (name, _GRANITE_MOE) for name in ("granitemoe", "granitemoe_swa")},
+    "granitemoeshared": ("granitemoeshared", _GRANITE_MOE | {"shared_intermediate_size": 40}),
+    "granitemoeshared-routed": ("granitemoeshared", _GRANITE_MOE | {"shared_intermediate_size": 0}),
+    "cohere2_moe": (
+        "cohere2_moe",
+        _LLAMA
+        | _DENSE_EXPERTS
+        | {"num_local_experts": 4, "head_dim": 12, "prefix_dense_intermediate_size": 40, "logit_scale": 0.3},
+    ),
+    "cohere2_moe-routed": ("cohere2_moe", _LLAMA | _DENSE_EXPERTS | {"head_dim": 12, "num_shared_experts": 0}),
+    "phimoe": ("phimoe", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     # multi-head latent attention
     **{name: (name, _LATENT) for name in ("minicpm3", "youtu")},
+    "glm_moe_dsa": ("glm_moe_dsa", _LATENT | _DENSE_EXPERTS | {"index_n_heads": 2, "index_head_dim": 16}),
     **{
         name: (name, _LATENT | _DENSE_EXPERTS) for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla")
     },
@@ -175,8 +234,21 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
         },
     ),
+    "bamba": ("bamba", _LLAMA | _MAMBA2 | {"attn_layer_indices": [1]}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _GRANITE_MOE | _MAMBA2 | _MAMBA_LAYERS | {"shared_intermediate_size": 40},
+    ),
+    "granitemoehybrid-dense": (
+        "granitemoehybrid",
+        _GRANITE_MOE | _MAMBA2 | _MAMBA_LAYERS | {"shared_intermediate_size": 40, "num_local_experts": 0},
+    ),
     "lfm2": ("lfm2", _LLAMA | _CONVOLUTION),
     "lfm2_moe": ("lfm2_moe", _LLAMA | _DENSE_EXPERTS | _CONVOLUTION | {"num_dense_layers": 1}),
+    # one branch a layer
+    "nemotron_h": ("nemotron_h", _LLAMA | _NEMOTRON_H),
+    **{name: (name, _TOKENS | _MAMBA) for name in ("mamba", "falcon_mamba")},
+    "mamba2": ("mamba2", _TOKENS | _MAMBA | {"num_heads": 4, "head_dim": 24, "n_groups": 1, "chunk_size": 8}),
 }
 ALL = CASES | OTHERS
 
@@ -190,7 +262,7 @@ TOLERANCE = {
     "batches": 1e-4,
     "bf16": 5e-2,
 }
-_PARTS_IN_FP32 = ("olmo", "cohere", "cohere2", "cohere_compass_text", "gptj", "codegen", "gpt_neo")
+_PARTS_IN_FP32 = ("olmo", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "gptj", "codegen", "gpt_neo")
 
 
 def tolerance(case: str, dtype: torch.dtype = torch.float64) -> float:
@@ -252,13 +324,19 @@ def live_in(model: PreTrainedModel, subspace: torch.Tensor) -> None:
 
     for path in family.tables:
         project(part(model, path).weight, -1)
+    if has(model, "transformer.word_embeddings_layernorm"):  # Bloom's norm of the embedding keeps a centred subspace so
+        norm = model.transformer.word_embeddings_layernorm
+        norm.weight.data.fill_(1.0)
+        norm.bias.data.zero_()
+    if has(model, "model.embed_positions.weights"):  # XGLM's sines
+        project(model.model.embed_positions.weights, -1)
     for layer in part(model, family.layers):
         block = find_block(layer, family)
-        for path in (block.attention_out, *block.mlp_out):
+        for path in block.writers():
             owner, name = matrix(layer, path)
             project(getattr(owner, name), output_axis(owner))
-            if getattr(owner, "bias", None) is not None:
-                project(owner.bias, -1)
+            if getattr(owner, bias_name(name), None) is not None:
+                project(getattr(owner, bias_name(name)), -1)
 
 
 def output_axis(owner: torch.nn.Module) -> int:
