@@ -8,8 +8,18 @@ import pytest
 import torch
 from tiny_models import VOCAB, logits, random_model, relative_error, windows
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from torch.nn import Parameter
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
+from slicing.layouts import SHORTCUTS
+from slicing.report.model_card import UNQUANTISED
 from slicing.rotation import rotate_and_slice
 
 WIDTHS = [32, 24, 40]
@@ -34,8 +44,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="w0", eos_token="w1", pad_token="w2")
 
 
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **TRUSTED)
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **TRUSTED, **options)
 
 
 def texts(count: int = 24) -> list[str]:
@@ -157,6 +167,35 @@ def test_trl_prefers_by_dpo(folder, tmp_path):
 # ---- quantisation
 
 
+def four_bits(tool: str, keep: list[str]) -> Any:
+    """What `from_pretrained` takes to quantise with a tool that runs on a CPU."""
+    pytest.importorskip(tool)
+    if tool == "bitsandbytes":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=keep)
+    if tool == "torchao":
+        from torchao.quantization import IntxWeightOnlyConfig
+        from torchao.quantization.granularity import PerGroup
+
+        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), modules_to_not_convert=keep)
+    return QuantoConfig(weights="int4", modules_to_not_convert=keep)
+
+
+@pytest.mark.parametrize("tool", ["bitsandbytes", "torchao", "optimum.quanto"])
+def test_four_bits_leave_alone_what_the_model_card_says(tmp_path, tool, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "attention_bias": False, "mlp_bias": False}
+    dense = random_model("llama", tied=True, dtype=torch.float32, **sizes)
+    sliced = rotate_and_slice(dense, windows(), [64, 64, 128])
+    sliced.save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model", quantization_config=four_bits(tool, UNQUANTISED), device_map="cpu")
+    plain = {name for name, module in model.named_modules() if type(getattr(module, "weight", None)) is Parameter}
+    shortcuts = {name for name, _ in model.named_modules() if name.endswith(SHORTCUTS)}
+    assert len(shortcuts) == 5
+    assert shortcuts | {"lm_head"} <= plain
+    assert plain.isdisjoint(name for name, _ in model.named_modules() if name.endswith("_proj") and "embed" not in name)
+    assert relative_error(logits(model, windows(2)), logits(sliced, windows(2))) < 0.2
+
+
 def test_llm_compressor_runs_gptq_with_its_default_pipeline(folder, tmp_path):
     llmcompressor, datasets = pytest.importorskip("llmcompressor"), pytest.importorskip("datasets")
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -170,7 +209,7 @@ def test_llm_compressor_runs_gptq_with_its_default_pipeline(folder, tmp_path):
         trust_remote_code_model=True,
         recipe=GPTQModifier(
             config_groups={"all": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}},
-            ignore=["lm_head", "re:.*shortcut.*", "re:.*embedding_projection"],
+            ignore=[f"re:{name}" for name in UNQUANTISED],
         ),
         num_calibration_samples=8,
         max_seq_length=16,

@@ -47,7 +47,7 @@ keep = {keep}
 BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=keep)  # bitsandbytes
 TorchAoConfig(Int4WeightOnlyConfig(group_size=32), modules_to_not_convert=keep)  # torchao
 QuantoConfig(weights="int4", modules_to_not_convert=keep)  # quanto
-GPTQModifier(targets="Linear", scheme="W4A16", ignore=[f"re:.*{{name}}" for name in keep])  # llm-compressor
+GPTQModifier(targets="Linear", scheme="W4A16", ignore=[f"re:{{name}}" for name in keep])  # llm-compressor
 ```
 
 Kernels for four bits want widths that their groups divide: `--round-interval 64` or 128 makes such a model.
@@ -64,6 +64,8 @@ Kernels for four bits want widths that their groups divide: `--round-interval 64
 """
 
 _OLDEST_TRANSFORMERS = "5.17"
+# Regular expressions from the beginning of a module's or a weight's name: the one form that all four tools understand.
+UNQUANTISED = [*(f".*{name}" for name in SHORTCUTS), "lm_head"]
 
 
 def write_model_card(
@@ -117,7 +119,7 @@ def write_model_card(
         widths=", ".join(map(str, widths)),
         tasks=_task_scores(tasks),
         transformers=_OLDEST_TRANSFORMERS,
-        keep=[*SHORTCUTS, "lm_head"],
+        keep=UNQUANTISED,
         licence=_licence(origin),
         command=command,
     )
