@@ -115,7 +115,7 @@ def measure(options: Options) -> None:
         data = text_entry(options.dataset, options.split, windows)
         write_json(Path(options.output), redundancy.as_dict() | {"arguments": asdict(options), "data": data})
     if options.plot:
-        from slicing.report.labels import shown
+        from slicing.experiment.names import shown
         from slicing.report.plots import plot_layer_redundancy
 
         plot_layer_redundancy(redundancy.as_dict(), shown(options.model), Path(options.plot))

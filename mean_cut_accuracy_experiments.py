@@ -41,6 +41,7 @@ def sweep(options: Options) -> None:
             print(f"note: {note}", file=sys.stderr)
 
     from slicing.experiment.sweep import Experiment
+    from slicing.report.model_card import write_card
     from slicing.report.table import equal_size_summary, format_row, header, write_files
 
     experiment = Experiment(checked, ranks)
@@ -52,7 +53,7 @@ def sweep(options: Options) -> None:
             screen.show(header(results, tasks=tasks))
         screen.show(format_row(point, results, tasks=tasks))
 
-    results = experiment.run(print_row)
+    results = experiment.run(print_row, write_card)
     if ranks.first:
         for line in equal_size_summary(results):
             screen.show(line)

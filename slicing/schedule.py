@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from slicing.families import InputError
 
 TOLERANCE = 1e-9  # amounts and means nearer to each other than this are the same
+DIGITS = 12  # of amounts and bases: what is beyond them is the rounding of binary fractions
 SMALLEST_STEP = 1e-6  # below it a sweep has more than a million points
 
 
@@ -132,9 +133,14 @@ def sweep_amounts(mean: float, step: float) -> list[float]:
     if not SMALLEST_STEP <= step < math.inf:
         raise InputError(f"the step is {step:g}: it must be a number of at least {SMALLEST_STEP:g}, such as 0.02")
     amounts: list[float] = []
-    while (amount := len(amounts) * step) < mean - TOLERANCE:
+    while (amount := round(len(amounts) * step, DIGITS)) < mean - TOLERANCE:
         amounts.append(amount)
     return [*amounts, float(mean)]
+
+
+def difference(mean: float, part: float) -> float:
+    """SP less SB, or less the amount, in [0, SP]: 0.02 where binary fractions give 0.020000000000000018."""
+    return min(mean, max(0.0, round(mean - part, DIGITS))) if part else mean
 
 
 def _finite(values: Iterable[float], what: str = "LR vector") -> list[float]:

@@ -27,10 +27,10 @@ import mean_cut_accuracy_experiments as script
 import slicing.experiment.measure
 from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.experiment.measure import Bench
+from slicing.experiment.names import run_name
 from slicing.experiment.options import Options, check
 from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error, read_results
 from slicing.experiment.store import RunFolder, is_saved_model
-from slicing.experiment.sweep import run_name
 from slicing.report.table import equal_size_summary
 from slicing.rotation import sliced_parameters
 
@@ -293,7 +293,7 @@ def test_models_whose_files_look_alike_are_told_apart_by_their_weights(tmp_path)
     ],
 )
 def test_a_run_is_named_after_model_text_and_mean(model, dataset, start):
-    name = run_name(Options(model, 0.3, dataset=dataset), "0123456789abcdef")
+    name = run_name(model, dataset, 0.3, "0123456789abcdef")
     assert name.startswith(start)
     assert len(name) == len(start) + 8
 

@@ -17,6 +17,7 @@ import matplotlib.figure
 import matplotlib.text
 import pytest
 
+from slicing.experiment.names import text_name
 from slicing.experiment.results import (
     RESULTS_SCHEMA,
     SCHEMA_VERSION,
@@ -26,7 +27,7 @@ from slicing.experiment.results import (
     read_results,
 )
 from slicing.families import InputError
-from slicing.report.labels import run_labels, text_label, text_name
+from slicing.report.labels import run_labels, text_label
 from slicing.report.plots import (
     layer_redundancy_figure,
     log_ticks,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slicing.families import InputError
-from slicing.schedule import check_vector, final_slices, normalise, slice_widths, sweep_amounts
+from slicing.schedule import check_vector, difference, final_slices, normalise, slice_widths, sweep_amounts
 
 # LR of Mistral-7B-v0.1 as published.
 MISTRAL = [
@@ -252,8 +252,8 @@ def test_bad_slices_and_multiples_are_refused(slices, multiple, message):
 
 def test_amounts_of_the_default_sweep_are_sixteen_and_none_twice():
     amounts = sweep_amounts(0.3, 0.02)
-    assert amounts == pytest.approx([k * 0.02 for k in range(15)] + [0.3])
-    assert len(set(amounts)) == 16
+    assert amounts == [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.22, 0.24, 0.26, 0.28, 0.3]
+    assert [difference(0.3, amount) for amount in amounts] == amounts[::-1]
 
 
 def test_an_amount_a_rounding_error_below_the_mean_is_dropped():
@@ -269,7 +269,10 @@ def test_a_mean_of_zero_has_one_point():
 def test_amounts_are_multiples_of_the_step_that_rise_to_the_mean(mean, step):
     amounts = sweep_amounts(mean, step)
     assert amounts[-1] == mean
-    assert amounts[:-1] == [k * step for k in range(len(amounts) - 1)]
+    assert amounts[:-1] == pytest.approx([k * step for k in range(len(amounts) - 1)], abs=1e-12)
+    bases = [difference(mean, amount) for amount in amounts]
+    assert (bases[0], bases[-1]) == (mean if len(amounts) > 1 else 0, 0)
+    assert all(0 <= base <= mean for base in bases)
     assert all(b - a > 0 for a, b in pairwise(amounts))
     assert len(amounts) * step >= mean - 1e-9  # none left out
 

@@ -22,23 +22,14 @@ from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, me
 from slicing.experiment.store import content_key, is_saved_model, windows_key
 from slicing.families import InputError
 from slicing.files import new_folder
+from slicing.flags import values_for
 from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
-from slicing.report.model_card import write_model_card
-from slicing.report.origin import origin_of, public_command, public_name
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.task_content import task_content
 from slicing.tasks import evaluate_tasks
-
-# Options that leave the points as they are, and options that name files: their content is in the keys.
-_NOT_IN_RUN = {"output_dir", "fresh", "quiet", "save_model", "compare", "offload", "cuda_device"}
-_NOT_IN_RUN |= {"model", "revision", "trust_remote_code", "dtype", "dataset", "text_column", "perplexity_split"}
-_NOT_IN_RUN |= {"source_for_vector", "vector_cut", "include_path"}
-# Those of a run that a point's numbers don't depend on, or that stand in its key by what they come to.
-_NOT_IN_KEY = _NOT_IN_RUN | {"find_base", "mean", "step", "rotations", "round_interval", "calibration"}
-_NOT_IN_KEY |= {"calibration_samples", "calibration_length", "perplexity_length", "perplexity_samples"}
 
 _WORST_NLL = 200  # nats a token; a perplexity of 10^87 is no result, and soon no number
 
@@ -115,7 +106,7 @@ class Bench:
         return content_key(
             self._content
             | {
-                "options": self._options_without(_NOT_IN_RUN),
+                "options": values_for(self.options, "point", "run"),
                 "vector": checked.vector,
                 "perplexity": windows_key(self.test_windows),
                 "windows": [None if one is None else windows_key(one) for one in windows],
@@ -132,7 +123,7 @@ class Bench:
             | {
                 "target": asdict(target),
                 "rotations": self.options.rotations if sliced else None,
-                "options": self._options_without(_NOT_IN_KEY),
+                "options": values_for(self.options, "point"),
                 "tasks": self._tasks_content,
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),
@@ -164,9 +155,6 @@ class Bench:
             "tokenizer": identity.tokenizer_content(self.tokenizer),
             "tasks": task_content(self.checked.tasks, limit=options.accuracy_limit, num_fewshot=options.num_fewshot),
         }
-
-    def _options_without(self, names: set[str]) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.options).items() if name not in names}
 
     # ---- measurements
 
@@ -238,7 +226,7 @@ class Bench:
             "kind": target.kind,
             "mean": target.mean,
             "base": target.base,
-            "amount": None if target.mean is None or target.base is None else target.mean - target.base,
+            "amount": target.amount,
             "slices": target.slices,
             "widths": target.widths,
             "rotations": None if target.widths is None else options.rotations,
@@ -301,27 +289,6 @@ class Bench:
                 f"can't save the sliced model as {folder} ({why}): make room, and the same command goes on; the points"
                 " measured are kept"
             ) from error
-
-    def write_card(self, point: Point, dense: Point | None, folder: Path) -> None:
-        """Write the model card of a saved point."""
-        options = self.options
-        calibration = f"{options.calibration_samples} windows of {options.calibration_length} tokens"
-        text = public_name(options.dataset)
-        once = ", by the dense model's signals" if point["calibration"] == "once" else ""
-        write_model_card(
-            folder,
-            origin=origin_of(options.model, self._model_entry["revision"]),
-            slice_percentage=point["mean"],
-            slice_base=point["base"],
-            widths=point["widths"],
-            rotations=point["rotations"],
-            calibration=f"{calibration} of {text} (train){once}",
-            text={"source": text, "split": options.perplexity_split, "length": options.perplexity_length},
-            perplexity={"dense": None if dense is None else dense["perplexity"], "sliced": point["perplexity"]},
-            tasks=point["tasks"],
-            parameters=(self._model_entry["parameters"], point["parameters"]),
-            command=public_command(),
-        )
 
 
 def _dense_parameters(model: PreTrainedModel) -> int:

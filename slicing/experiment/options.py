@@ -7,7 +7,15 @@ from slicing.experiment.results import check_redundancy
 from slicing.families import InputError, find_family
 from slicing.files import local_path, read_json
 from slicing.flags import check_limits, flag
-from slicing.schedule import check_vector, final_slices, normalise, rounded_down, slice_widths, sweep_amounts
+from slicing.schedule import (
+    check_vector,
+    difference,
+    final_slices,
+    normalise,
+    rounded_down,
+    slice_widths,
+    sweep_amounts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +128,11 @@ class Target:
     widths: list[int] | None = None
     calibration: str | None = None
 
+    @property
+    def amount(self) -> float | None:
+        """SP - SB; None for the dense model."""
+        return None if self.mean is None or self.base is None else difference(self.mean, self.base)
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -162,7 +175,7 @@ class Checked:
         if mean == 0 or vector is None:
             return [Target("dense")]
         amounts = sweep_amounts(mean, self.options.step)
-        return [Target("dense"), *(self.target(mean, max(0.0, mean - amount), vector) for amount in amounts)]
+        return [Target("dense"), *(self.target(mean, difference(mean, amount), vector) for amount in amounts)]
 
 
 def check(options: Options) -> Checked:

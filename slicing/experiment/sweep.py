@@ -15,20 +15,20 @@ from tqdm import tqdm
 from slicing.experiment import identity
 from slicing.experiment.measure import Bench
 from slicing.experiment.minimum import golden_section, nearest
-from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Options, Target
+from slicing.experiment.names import run_name
+from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Target
 from slicing.experiment.ranks import Ranks
-from slicing.experiment.results import Point, Results, best_dynamic_point, dense_point
+from slicing.experiment.results import Point, Results, best_dynamic_point
 from slicing.experiment.store import RunFolder, check_writable, content_key, is_saved_model
 from slicing.families import InputError
 from slicing.loading import resolve_device
-from slicing.report.labels import short_model_name, text_name
 from slicing.rotation import sliced_parameters
 
 BASE_TOLERANCE = 0.005  # of --find-base
 _SHARED_FOLDER_DELAY = 90.0  # seconds until a file that one machine wrote must show on another
-_NAME_BYTES = 80  # of a model's or a text's name in that of a folder: both, mean and hash fit the 255 there are
 
 OnPoint = Callable[[Point, Results], None]
+OnModel = Callable[[Path, Point, Results], object]
 
 
 class Experiment:
@@ -47,7 +47,8 @@ class Experiment:
             torch.cuda.set_device(device)
         self.progress = ranks.first and not self.options.quiet
         self.bench = Bench(checked, device, progress=self.progress, processes=ranks.count)
-        name = run_name(self.options, ranks.from_first(self.bench.run_key() if ranks.first else ""))
+        key = ranks.from_first(self.bench.run_key() if ranks.first else "")
+        name = run_name(self.options.model, self.options.dataset, self.options.mean, key)
         if ranks.first:
             self.folder = RunFolder(Path(self.options.output_dir) / name, fresh=self.options.fresh)
         ranks.wait()
@@ -58,10 +59,11 @@ class Experiment:
         self._reported = 0
         self._kept = self.folder.finished() if ranks.first else 0
 
-    def run(self, on_point: OnPoint) -> Results:
+    def run(self, on_point: OnPoint, on_model: OnModel) -> Results:
         """Measure what is missing, call `on_point` for each point in order (in rank 0), and return the results.
 
-        `on_point` gets the point and the results, which hold every point that is finished by then.
+        `on_point` gets the point and the results, which hold every point that is finished by then; `on_model` is called
+        at the end for each saved model without a card, with its folder, its point and the results.
         """
         vector = self._vector()
         targets = self.checked.targets(vector)
@@ -76,7 +78,7 @@ class Experiment:
             equal = self.ranks.from_first(self._equal_size(vector) if self.ranks.first else None)
             if equal is not None:
                 self._measure([*targets, equal], on_point)
-        self._save_models()
+        self._save_models(on_model)
         if len(self.results["points"]) < self._kept:  # fewer are wanted now than the file holds
             self.folder.write_results(self.results)
         return self.results
@@ -219,7 +221,7 @@ class Experiment:
 
     # ---- models
 
-    def _save_models(self) -> None:
+    def _save_models(self, on_model: OnModel) -> None:
         """Slice and save what --save-model wants and no point of this run has saved, shared out over the ranks; then
         write the cards, which need the dense model's point."""
         wanted = [point for point in self.results["points"] if point["widths"] is not None]
@@ -238,18 +240,4 @@ class Experiment:
             self._wait_for_files(lambda: all(map(is_saved_model, places)))
             for point, place in zip(wanted, places, strict=True):
                 if not (place / "README.md").exists():
-                    self.bench.write_card(point, dense_point(self.results), place)
-
-
-def run_name(options: Options, key: str) -> str:
-    """Name of the run's folder: what a person looks for, and the beginning of the run's key."""
-    path = Path(options.model)
-    model = short_model_name(str(path.resolve()) if path.name in ("", "..") else options.model)
-    model, text = (_folder_name(name) for name in (model, text_name(options.dataset)))
-    return f"{model}-{text}-mean{options.mean:g}-{key[:8]}"
-
-
-def _folder_name(name: str) -> str:
-    """A name that every file system takes, shortened where it is long: the hash tells the runs apart."""
-    letters = "".join(character if character.isalnum() or character in "-._" else "_" for character in name)
-    return letters.encode()[:_NAME_BYTES].decode(errors="ignore")
+                    on_model(place, point, self.results)

@@ -1,8 +1,8 @@
 """How runs are named in tables and figures: short, and different where the runs differ."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from slicing.experiment.names import short_model_name, shown, text_name
 from slicing.experiment.results import Results, is_accuracy
 
 TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
@@ -13,31 +13,9 @@ def model_name(results: Results) -> str:
     return short_model_name(results["model"]["name"])
 
 
-def short_model_name(name: str) -> str:
-    """Last part of a hub name or path; of a snapshot in the hub's cache the model's name, not the commit."""
-    path = Path(name)
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.rpartition("--")[2]
-    return shown(path.name)
-
-
-def shown(name: str) -> str:
-    """A name with a mark in place of what no font and no terminal shows: bytes that are not UTF-8, line ends."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in name)
-
-
 def is_sliced_model(results: Results) -> bool:
     """Whether the model of the run was a sliced one from the beginning, which is evaluated and not sliced again."""
     return bool(results["model"]["model_type"] == "sliced")
-
-
-def text_name(source: str) -> str:
-    """A short name for a text: the data set's, or the file's without folder, endings and {split}; where nothing is left
-    of that, the folder's."""
-    path = Path(source)
-    stem = path.with_suffix("").stem if path.suffix in (".gz", ".xz") else path.stem
-    names = (part.replace("{split}", "").strip("/._-") for part in (stem, *reversed(path.parent.parts)))
-    return shown(next(filter(None, names), "text"))
 
 
 def text_label(results: Results) -> str:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from slicing.experiment.results import Point, Results, dense_point
 from slicing.files import replacing
 from slicing.layouts import SHORTCUTS
-from slicing.report.origin import Origin
+from slicing.report.origin import Origin, origin_of, public_command, public_name
 
 _TEMPLATE = """\
 ---
@@ -127,6 +128,28 @@ def write_model_card(
     with replacing(path) as partial:
         partial.write_text(card, encoding="utf-8")
     return path
+
+
+def write_card(folder: str | Path, point: Point, results: Results) -> Path:
+    """Write the card of a run's saved point."""
+    model, test, calibration = results["model"], results["data"]["perplexity"], results["data"]["calibration"]
+    windows = f"{calibration['windows']} windows of {calibration['length']} tokens"
+    once = ", by the dense model's signals" if point["calibration"] == "once" else ""
+    dense = dense_point(results)
+    return write_model_card(
+        folder,
+        origin=origin_of(model["name"], model["revision"]),
+        slice_percentage=point["mean"],
+        slice_base=point["base"],
+        widths=point["widths"],
+        rotations=point["rotations"],
+        calibration=f"{windows} of {public_name(calibration['source'])} (train){once}",
+        text={"source": public_name(test["source"]), "split": test["split"], "length": test["length"]},
+        perplexity={"dense": None if dense is None else dense["perplexity"], "sliced": point["perplexity"]},
+        tasks=point["tasks"],
+        parameters=(model["parameters"], point["parameters"]),
+        command=public_command(),
+    )
 
 
 def _front_matter(

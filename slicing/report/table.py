@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slicing.command_line import Parser, Screen, exit_code, path
+from slicing.experiment.names import shown
 from slicing.experiment.results import (
     PARTS,
     Point,
@@ -27,7 +28,7 @@ from slicing.experiment.results import (
 )
 from slicing.families import InputError
 from slicing.files import replacing
-from slicing.report.labels import is_sliced_model, model_name, run_labels, shown, text_label
+from slicing.report.labels import is_sliced_model, model_name, run_labels, text_label
 from slicing.report.plots import plot_redundancy, plot_sweep
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
