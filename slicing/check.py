@@ -21,7 +21,7 @@ from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
 from slicing.modeling import SlicedConfig, SlicedLayer, bias_name, find_block, has, input_axis, matrix, of_family, part
 from slicing.pca import Basis
-from slicing.weights import LayerWriter, gained_biases
+from slicing.weights import LayerPlan, LayerWriter, gained_biases
 
 TOLERANCE = 1e-3  # relative; a right row is off by some 1e-6 in fp32, a wrong one by 1e-2 or more
 SMALL = 3e-3  # root mean square of the second input: its square is of the size of a norm's eps
@@ -148,8 +148,8 @@ class _Trial:
         )
         dense_class: Any = type(layer)
         self.sliced = of_family(SlicedLayer, dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
-        bases = [Basis(basis, basis) for basis in (self.basis, middle, self.following)]
-        writer.write(self.dense, self.sliced, *bases)
+        own, between, following = (Basis(basis, basis) for basis in (self.basis, middle, self.following))
+        writer.write(self.dense, self.sliced, LayerPlan(own, between, following))
 
     def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
         """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""

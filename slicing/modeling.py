@@ -51,6 +51,7 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
     widths: L widths d_i in [1, D], the hidden size that decoder layer i reads.
     rotations: 2 (a basis before attention and one before the MLP) or 1 (one basis a layer).
     gained_biases: paths, below a decoder layer, of the linear layers that have a bias only since slicing: the norm's.
+    inner_widths: L widths, what the last matrix of the MLP (or of each routed expert) reads; None: the model's own.
     embedding_size: the width of the token table, D or d_0; it follows from the other fields.
     Raises ValueError where these don't fit the other fields.
     """
@@ -62,6 +63,7 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
     widths: list[int] = field(default_factory=list)
     rotations: int = 2
     gained_biases: list[str] = field(default_factory=list)
+    inner_widths: list[int] | None = None
     embedding_size: int = 0
 
     def __new__(cls, **fields: Any) -> Self:
@@ -87,7 +89,8 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
         found: Self = unfilled(cls, CONFIG_MAPPING[dense.model_type])
         found.__dict__.update(copy.deepcopy(dense.__dict__))
         found.__dict__.pop("auto_map", None)
-        for name, value in ({"widths": [], "rotations": 2, "gained_biases": []} | fields).items():
+        own = {"widths": [], "rotations": 2, "gained_biases": [], "inner_widths": None}
+        for name, value in (own | fields).items():
             setattr(found, name, value)
         found.name_or_path = ""
         found._complete()
@@ -109,6 +112,10 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"widths must be {layers} integers from 1 to {hidden_size}, got {widths}")
         if self.rotations not in (1, 2):
             raise ValueError(f"rotations must be 1 or 2, got {self.rotations}")
+        if self.inner_widths is not None:
+            fit = [isinstance(width, int) and width >= 0 for width in self.inner_widths]
+            if len(fit) != layers or not all(fit):
+                raise ValueError(f"inner_widths must be {layers} integers from 0, got {self.inner_widths}")
         self.dense_model_type = str(self.dense_class.model_type)
         whole = getattr(self, "tie_word_embeddings", False) or FAMILIES[self.dense_model_type].whole_tables
         self.embedding_size = hidden_size if whole else widths[0]
@@ -121,6 +128,13 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
             dense = config_dict["text_config"]
             config_dict = {**dense, **own, "dense_model_type": dense.get("model_type")}
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without inner widths where they are the model's own."""
+        found: dict[str, Any] = super().to_dict()
+        if self.inner_widths is None:
+            found.pop("inner_widths", None)
+        return found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save config.json, with the classes of this file by which the Auto classes open the folder."""
@@ -165,6 +179,8 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
                 resize(self, path, self.mlp_width if self.block.experts else self.next_width, writes=True)
         if self.block.experts:
             set_widths(self, self.block, hidden_size, self.mlp_width)
+        if config.inner_widths is not None:
+            resize_inner(self, self.block, config.inner_widths[index])
 
     def _read(self, family: Family, config: SlicedConfig, width: int) -> None:
         """Give the norms and the matrices that read the stream their width."""
@@ -483,7 +499,15 @@ def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, dropout: str | 
 
 
 def resize(layer: nn.Module, path: str, width: int, writes: bool = False) -> None:
-    """Give a matrix an empty weight that reads (or writes) `width` numbers, and its module the attributes to match."""
+    """Give a matrix an empty weight that reads (or writes) `width` numbers of the stream, and its module the attributes
+    to match."""
+    _reshape(layer, path, width, writes)
+    owner, _ = matrix(layer, path)
+    if hasattr(owner, "hidden_dim"):
+        owner.hidden_dim = width
+
+
+def _reshape(layer: nn.Module, path: str, width: int, writes: bool) -> None:
     owner, name = matrix(layer, path)
     weight = getattr(owner, name)
     shape = list(weight.shape)
@@ -494,7 +518,7 @@ def resize(layer: nn.Module, path: str, width: int, writes: bool = False) -> Non
     bias = getattr(owner, bias_name(name), None)
     if writes and bias is not None:
         setattr(owner, bias_name(name), nn.Parameter(bias.new_empty(*bias.shape[:-1], width)))
-    for attribute in ("out_features", "nf", "hidden_dim") if writes else ("in_features", "nx", "hidden_dim"):
+    for attribute in ("out_features", "nf") if writes else ("in_features", "nx"):
         if hasattr(owner, attribute):
             setattr(owner, attribute, width)
 
@@ -507,6 +531,52 @@ def set_widths(layer: nn.Module, block: Block, hidden_size: int, width: int) -> 
         for attribute in ("hidden_dim", "hidden_size", "input_size"):
             if vars(module).get(attribute) == hidden_size:
                 setattr(module, attribute, width)
+
+
+def inner_matrices(layer: nn.Module, block: Block) -> dict[str, tuple[int, list[str]]]:
+    """The matrices by which an MLP writes, each with its inner width k and the readers that compute what it reads.
+
+    Of a mixture of experts those of the routed ones: a shared expert keeps its width. A reader has k outputs, or 2 k
+    where it holds gate and up. Raises ValueError where no reader of that kind is beside the writer.
+    """
+    found: dict[str, tuple[int, list[str]]] = {}
+    for path in block.mlp_out:
+        owner, name = matrix(layer, path)
+        if block.experts and getattr(owner, name).ndim < 3:
+            continue
+        width = getattr(owner, name).shape[input_axis(owner)]
+        beside = path.rpartition(".")[0]
+        readers = [
+            reader
+            for reader in block.mlp_in
+            if reader.rpartition(".")[0] == beside and outputs_of(layer, reader) in (width, 2 * width)
+        ]
+        if not readers:
+            raise ValueError(f"{type(layer).__name__}: nothing beside {path} has its inner width {width} as outputs")
+        found[path] = width, readers
+    return found
+
+
+def outputs_of(layer: nn.Module, path: str) -> int:
+    """How many numbers a matrix writes."""
+    owner, name = matrix(layer, path)
+    size: int = getattr(owner, name).shape[-3 - input_axis(owner)]
+    return size
+
+
+def resize_inner(layer: nn.Module, block: Block, width: int) -> None:
+    """Give the MLP's writers `width` inputs and their readers the outputs to match, with empty weights; nothing changes
+    where they have it."""
+    for path, (own, readers) in inner_matrices(layer, block).items():
+        if own == width:
+            continue
+        for reader in readers:
+            _reshape(layer, reader, outputs_of(layer, reader) // own * width, writes=True)
+        _reshape(layer, path, width, writes=False)
+        owner = part(layer, path.rpartition(".")[0]) if "." in path else layer
+        for attribute in ("intermediate_size", "intermediate_dim"):
+            if getattr(owner, attribute, None) == own:
+                setattr(owner, attribute, width)
 
 
 def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_size: int) -> None:

@@ -6,7 +6,7 @@ as soon as the basis of the next layer is known.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from slicing.calibration import Stream, copy_of
 from slicing.causality import check_causal
 from slicing.check import check_classes, check_layers, check_names
 from slicing.families import Family, InputError, find_family
+from slicing.inner import check_inner_widths
 from slicing.modeling import (
     SlicedConfig,
     SlicedForCausalLM,
@@ -28,7 +29,8 @@ from slicing.modeling import (
     slice_modules,
 )
 from slicing.pca import Basis
-from slicing.weights import LayerWriter, fill, gained_biases
+from slicing.refit import ClosedForm, check_tokens
+from slicing.weights import LayerPlan, LayerWriter, fill, gained_biases
 
 
 @torch.no_grad()
@@ -39,6 +41,8 @@ def rotate_and_slice(
     *,
     rotations: int = 2,
     metric: str = "pca",
+    refit: bool = False,
+    inner_widths: list[int] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
     progress: bool = False,
@@ -51,20 +55,28 @@ def rotate_and_slice(
     widths: L numbers d_i in [1, D] (schedule.slice_widths).
     rotations: 2, a basis before attention and another before the MLP, or 1, one basis a layer.
     metric: "pca", directions of most variance, or "gradient", those that the loss depends on most (metric.py).
+    refit: solve the layers' writers and shortcuts anew, so that the stream follows the dense one (refit.py).
+    inner_widths: L numbers, how many neurons each MLP keeps, or each routed expert (inner.py); None keeps all.
     batch_size: windows run at once; None chooses by the device.
     device: where the layers run; other than the model's, a layer at a time is copied there.
     progress: show a bar over the layers on stderr.
     Raises InputError for a family that can't be sliced, a model that is not causal, a layer that does not compute what
-        its row says (check.py) and activations that are not finite. The sliced model's `check_seconds` says how long
-        the check took.
+        its row says (check.py), activations that are not finite, a model that can't be differentiated and too few
+        tokens to solve on. The sliced model's `check_seconds` says how long the check took.
     """
     check_weights(model)
-    slicer = _Slicer(model, widths, rotations, device)
+    slicer = _Slicer(model, widths, rotations, device, inner_widths)
+    check_tokens(model, slicer.family, windows.numel(), widths, slicer.inner, refit=refit)
     with evaluation_mode(model):
         gradients = find_metric(metric, model, slicer.family, windows, batch_size, slicer.device, progress)
         stream = Stream(model, slicer.family, windows, batch_size, slicer.device)
         finder = BasisFinder(model.config.hidden_size, widths, stream.centred, gradients)
-        return slicer.slice(find_bases(stream, model, slicer.family, rotations, finder), progress)
+        if refit or slicer.inner is not None:
+            plans = ClosedForm(model, slicer.family, stream, finder, rotations, refit, slicer.inner).plans()
+        else:
+            plans = _with_following(find_bases(stream, model, slicer.family, rotations, finder))
+        del stream  # the pass lets go of the buffer
+        return slicer.slice(plans, progress)
 
 
 @torch.no_grad()
@@ -84,38 +96,56 @@ def slice_with_bases(
             full = width == model.config.hidden_size
             yield (None, None) if full else leading(bases, index, width, slicer.writer.device)
 
-    return slicer.slice(chosen(), progress)
+    return slicer.slice(_with_following(chosen()), progress)
+
+
+def _with_following(pairs: Iterable[tuple[Basis | None, Basis | None]]) -> Iterator[LayerPlan]:
+    """Each layer's bases together with the next one's; the last layer writes in the model's own."""
+    before: tuple[Basis | None, Basis | None] | None = None
+    for pair in pairs:
+        if before is not None:
+            yield LayerPlan(*before, pair[0])
+        before = pair
+    assert before is not None
+    yield LayerPlan(*before, None)
 
 
 class _Slicer:
-    """Builds the sliced model of a dense one and fills in its weights, given the bases."""
+    """Builds the sliced model of a dense one and fills in its weights, given each layer's plan."""
 
-    def __init__(self, model: PreTrainedModel, widths: list[int], rotations: int, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        widths: list[int],
+        rotations: int,
+        device: torch.device | None,
+        inner_widths: list[int] | None = None,
+    ) -> None:
         self.family = find_family(model.config)
         check_names(model, self.family)
         _is_tied(model)  # it has a head
         check_causal(model)
         self.model = model
-        self.rotations = rotations
         self.layers = part(model, self.family.layers)
         self.device = torch.device(device or next(self.layers.parameters()).device)
         self.writer = LayerWriter(self.family, model.config.hidden_size, self.device)
-        seconds = check_layers(model, self.family, self.device)
-        self.sliced = _skeleton(model, self.family, widths, rotations)
-        self.sliced.check_seconds = seconds
+        self.inner = check_inner_widths(model, self.family, inner_widths)
+        self.seconds = check_layers(model, self.family, self.device)
+        self.config = _sliced_config(model, self.family, widths, rotations)
+        with torch.device("meta"):
+            self.empty = SlicedForCausalLM(self.config)
+        check_classes(model, self.empty)
 
-    def slice(self, bases: Iterator[tuple[Basis | None, Basis | None]], progress: bool) -> SlicedForCausalLM:
-        """Fill in each layer as soon as the basis of the next one is known."""
+    def slice(self, plans: Iterator[LayerPlan], progress: bool) -> SlicedForCausalLM:
+        """Fill in each layer as its plan comes."""
+        self.sliced = _filled(self.empty, self.model)
+        self.sliced.check_seconds = self.seconds
         sliced_layers = part(self.sliced, self.family.layers)
-        previous: tuple[Basis | None, Basis | None] | None = None
-        for index, pair in enumerate(tqdm(bases, total=len(self.layers), desc="slice", disable=not progress)):
-            if previous is None:
-                self._write_embedding(pair[0], sliced_layers[0])
-            else:
-                self.writer.write(self.layers[index - 1], sliced_layers[index - 1], *previous, pair[0])
-            previous = pair
-        assert previous is not None
-        self.writer.write(self.layers[-1], sliced_layers[-1], *previous, None)
+        for index, plan in enumerate(tqdm(plans, total=len(self.layers), desc="slice", disable=not progress)):
+            if index == 0:
+                self._write_embedding(plan.basis, sliced_layers[0])
+            self.writer.write(self.layers[index], sliced_layers[index], plan)
+        self.sliced.config.inner_widths = self.inner
         return self.sliced
 
     def _write_embedding(self, basis: Basis | None, first: SlicedLayer) -> None:
@@ -148,15 +178,11 @@ def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], ro
     )
 
 
-def _skeleton(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedForCausalLM:
+def _filled(sliced: SlicedForCausalLM, model: PreTrainedModel) -> SlicedForCausalLM:
     """A sliced model that shares the dense one's parameters, with empty weights where slicing changes them."""
-    config = _sliced_config(model, family, widths, rotations)
-    with torch.device("meta"):
-        sliced = SlicedForCausalLM(config)
-    check_classes(model, sliced)
-    for name, module in copy_of(model, known={id(model.config): config}).named_children():
+    for name, module in copy_of(model, known={id(model.config): sliced.config}).named_children():
         setattr(sliced, name, module)
-    slice_modules(sliced, config)
+    slice_modules(sliced, sliced.config)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     sliced.eval()
     return sliced

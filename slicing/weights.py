@@ -2,14 +2,37 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from slicing.families import Block, Family
-from slicing.modeling import SlicedLayer, bias_name, input_axis, matrix, part
+from slicing.modeling import SlicedLayer, bias_name, inner_matrices, input_axis, matrix, outputs_of, part, resize_inner
 from slicing.pca import Basis
+
+
+@dataclass
+class Solved:
+    """What a layer has in place of its rotated weights, fp64, by path: the writers (outputs, inputs), of experts
+    (experts, outputs, inputs), their biases, the shortcuts, and which neurons of a writer's inputs stay, (k) or
+    (experts, k)."""
+
+    writers: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    shortcuts: dict[str, torch.Tensor] = field(default_factory=dict)
+    neurons: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class LayerPlan(NamedTuple):
+    """What a sliced layer is made of: the bases in which it and its MLP read the stream, the one in which it writes
+    (None is the model's own), and what was solved."""
+
+    basis: Basis | None
+    middle: Basis | None
+    following: Basis | None
+    solved: Solved | None = None
 
 
 class LayerWriter:
@@ -20,27 +43,26 @@ class LayerWriter:
         self.hidden_size = hidden_size
         self.device = torch.device("cpu") if device.type == "mps" else device
 
-    def write(
-        self,
-        dense: nn.Module,
-        sliced: SlicedLayer,
-        basis: Basis | None,
-        middle: Basis | None,
-        following: Basis | None,
-    ) -> None:
-        """Fill in a sliced layer that reads the stream in `basis`, its MLP in `middle`, and writes in `following`."""
+    def write(self, dense: nn.Module, sliced: SlicedLayer, plan: LayerPlan) -> None:
+        """Fill in a sliced layer; one that will have fewer neurons has its whole inner width until now."""
         block = sliced.block
+        basis, middle, following, _ = plan
+        solved = plan.solved or Solved()
         mlp_basis = basis if sliced.parallel else middle
         self._readers(dense, sliced, block.attention_norm, block.attention_in, basis, 0)
         self._readers(dense, sliced, block.mlp_norm, block.mlp_in, mlp_basis, sliced.mlp_width)
-        if block.attention_out:
-            self._writer(dense, sliced, block.attention_out, following if sliced.parallel else middle, 0)
-        for path in block.mlp_out:
-            self._writer(dense, sliced, path, following, sliced.mlp_width if block.experts else 0)
+        for path, neurons in solved.neurons.items():
+            keep_neurons(sliced, block, path, neurons)
+        for path in block.writers():
+            attention = path == block.attention_out and not sliced.parallel
+            padded = sliced.mlp_width if block.experts and path in block.mlp_out else 0
+            self._writer(dense, sliced, path, middle if attention else following, padded, solved)
         if sliced.attn_shortcut is not None and basis is not None and middle is not None:
-            fill(sliced.attn_shortcut.weight, middle.encoder.T @ basis.decoder)
+            shortcut = solved.shortcuts.get("attn_shortcut")
+            fill(sliced.attn_shortcut.weight, middle.encoder.T @ basis.decoder if shortcut is None else shortcut)
         if sliced.mlp_shortcut is not None:
-            fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following))
+            shortcut = solved.shortcuts.get("mlp_shortcut")
+            fill(sliced.mlp_shortcut.weight, _shortcut(mlp_basis, following) if shortcut is None else shortcut)
 
     def _readers(
         self,
@@ -75,23 +97,67 @@ class LayerWriter:
                         bias = bias + (wide @ self.fp64(shift) if axis == -1 else self.fp64(shift) @ wide)
                     fill(target.bias, bias)
 
-    def _writer(self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis | None, width: int) -> None:
-        """E^T W, and E^T b where there is a bias."""
+    def _writer(
+        self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis | None, width: int, solved: Solved
+    ) -> None:
+        """E^T W, and E^T b where there is a bias; or what was solved in their place."""
+        owner, name = matrix(dense, path)
+        target, _ = matrix(sliced, path)
+        if path in solved.writers:
+            value = _padded(solved.writers[path].mT, width)  # (inputs, outputs)
+            _replace(target, name, value.mT if input_axis(owner) == -1 else value)
+        if path in solved.biases:
+            _replace(target, bias_name(name), _padded(solved.biases[path], width))
         if basis is None:
             return
         encoder = _padded(basis.encoder, width)
-        owner, name = matrix(dense, path)
-        target, _ = matrix(sliced, path)
-        for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
-            wide = self.fp64(weight)
-            fill(filled, encoder.T @ wide if input_axis(owner) == -1 else wide @ encoder)
+        if path not in solved.writers:
+            for weight, filled in _matrices(getattr(owner, name), getattr(target, name)):
+                wide = self.fp64(weight)
+                fill(filled, encoder.T @ wide if input_axis(owner) == -1 else wide @ encoder)
         bias = getattr(owner, bias_name(name), None)
-        if bias is not None:
+        if bias is not None and path not in solved.biases:
             fill(getattr(target, bias_name(name)), self.fp64(bias) @ encoder)
 
     def fp64(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight in fp64, where the products run."""
         return weight.detach().to(self.device).double()
+
+
+def keep_neurons(layer: nn.Module, block: Block, writer: str, neurons: torch.Tensor) -> None:
+    """Leave an MLP only these neurons, (k) or (experts, k): its readers lose rows, its writer is left empty."""
+    width, readers = inner_matrices(layer, block)[writer]
+    whole = {reader: (outputs_of(layer, reader), *_weight_and_bias(layer, reader)) for reader in readers}
+    resize_inner(layer, block, neurons.shape[-1])
+    for reader, (outputs, weight, bias) in whole.items():
+        owner, _ = matrix(layer, reader)
+        rows = rows_of(neurons, width, outputs, bool(getattr(owner, "is_concatenated", True))).to(weight.device)
+        target, target_bias = _weight_and_bias(layer, reader)
+        outer = -3 - input_axis(owner)
+        target.copy_(weight.gather(outer, rows.unsqueeze(input_axis(owner)).expand(target.shape)))
+        if bias is not None and target_bias is not None:
+            target_bias.copy_(bias.gather(-1, rows))
+
+
+def _weight_and_bias(layer: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    owner, name = matrix(layer, path)
+    return getattr(owner, name), getattr(owner, bias_name(name), None)
+
+
+def rows_of(neurons: torch.Tensor, width: int, outputs: int, concatenated: bool) -> torch.Tensor:
+    """The rows of a reader that compute these neurons (..., k) of `width`: of one that holds gate and up, both halves,
+    or pairs where these alternate."""
+    if outputs == width:
+        return neurons
+    if concatenated:
+        return torch.cat((neurons, neurons + width), dim=-1)
+    return torch.stack((2 * neurons, 2 * neurons + 1), dim=-1).flatten(-2)
+
+
+def _replace(owner: nn.Module, name: str, value: torch.Tensor) -> None:
+    """A new parameter: that of a layer of full width is the dense model's own."""
+    like = getattr(owner, name)
+    setattr(owner, name, nn.Parameter(value.to(like.dtype).to(like.device).contiguous()))
 
 
 def fill(target: torch.Tensor, value: torch.Tensor) -> None:
@@ -108,7 +174,7 @@ def _shortcut(source: Basis | None, target: Basis | None) -> torch.Tensor:
 
 
 def _padded(basis: torch.Tensor, width: int) -> torch.Tensor:
-    return nn.functional.pad(basis, (0, width - basis.shape[1])) if width > basis.shape[1] else basis
+    return nn.functional.pad(basis, (0, width - basis.shape[-1])) if width > basis.shape[-1] else basis
 
 
 def _matrices(dense: torch.Tensor, sliced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from slicing import pca
 from slicing.bases import dense_bases
 from slicing.families import FAMILIES, InputError
+from slicing.likelihood import perplexity
 from slicing.modeling import SlicedForCausalLM, SlicedLayer, count_parameters, input_axis, matrix, part
 from slicing.pca import Covariance
 from slicing.rotation import rotate_and_slice, slice_with_bases, sliced_parameters
@@ -573,3 +574,19 @@ def test_a_model_without_a_head_is_an_error():
 def test_widths_that_do_not_fit_are_an_error(widths):
     with pytest.raises(ValueError, match=r"widths must be 3 .* from 1 to 48, got \[16, 16"):
         rotate_and_slice(full_rank("llama")[0], windows(), widths)
+
+
+# perplexities measured before there were other bases, solved writers and inner widths, with one rotation and with two
+PLAIN = {
+    "llama": (118.2498052028333, 118.98549273457414),
+    "gpt2": (125.72405288596735, 126.40812107506787),
+    "phi": (137.66851339943543, 137.66851339943543),
+    "mixtral": (150.74236989436753, 151.0056291559348),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_slicing_gives_the_figures_that_it_always_gave(case):
+    for rotations, wanted in enumerate(PLAIN[case], start=1):
+        sliced = rotate_and_slice(full_rank(case)[0], windows(), NARROW, rotations=rotations)
+        assert perplexity(sliced, windows(), progress=False) == pytest.approx(wanted, rel=1e-6)
