@@ -208,6 +208,7 @@ def check(options: Options) -> Checked:
             check_source(options.source_for_vector, REDUNDANCY_SPLIT, options.text_column)
         if options.find_base:
             check_source(options.dataset, "validation", options.text_column)
+    tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model, **where)
     check_positions(config, "--perplexity-length", options.perplexity_length)
@@ -220,7 +221,6 @@ def check(options: Options) -> Checked:
             check_vector(vector, config.num_hidden_layers)
             vector = vector if (min(vector), max(vector)) == (0, 1) else normalise(vector)
             final_slices(vector, mean=options.mean, base=0.0, limit=limit)  # of all bases the one that can do least
-    tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
     if tasks is not None:
         check_fewshot(tasks, options.num_fewshot)
 
