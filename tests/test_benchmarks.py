@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TASKS, Runs, write_model
+from tiny_runs import TASKS, Runs, write_model, write_text
+
+from slicing import load_model, rotate_and_slice, token_windows
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SHAPE = {
@@ -168,3 +170,18 @@ def test_quality_study_interpolates_log_perplexity_between_true_cuts(shapes: Any
     assert study.interpolated(curve, 0.2) == pytest.approx(40)
     assert study.interpolated(curve, 0.3) == pytest.approx(80)
     assert study.interpolated(curve, 0.31) is None
+
+
+def test_four_bits_has_a_row_for_each_tool(run: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "dense")
+    model, tokenizer = load_model(str(tmp_path / "dense"), device="cpu")
+    widths = [model.config.hidden_size // 2] * model.config.num_hidden_layers
+    text = write_text(tmp_path / "text", train=300, validation=300, test=300)
+    windows = token_windows(text, tokenizer, split="train", length=16, count=4)
+    rotate_and_slice(model, windows, widths).save_pretrained(tmp_path / "sliced")
+    tokenizer.save_pretrained(tmp_path / "sliced")
+    rows, figures = run(
+        "four_bits", str(tmp_path / "sliced"), "--dataset", text, "--length", "16", "--tools", "torchao"
+    )
+    assert rows["as saved"][0] == f"{figures['as saved']:.3f}"
+    assert rows["torchao"][0] == ("not installed" if "torchao" not in figures else rows["torchao"][0])
