@@ -82,7 +82,7 @@ def measure(options: Options) -> None:
     resolve_dtype(options.dtype)
     check_source(options.dataset, options.split, options.text_column)
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = load_config(options.model, **where)
+    config = load_config(options.model, dtype=options.dtype, **where)
     if config.model_type == "sliced":
         raise InputError(f"{options.model!r} is sliced already: measure LR on the model that it was made of")
     check_positions(config, "--max-seq-len", options.max_seq_len)

@@ -3,7 +3,6 @@
 import copy
 import functools
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slicing.checkpoint import check_files, check_used
 from slicing.families import InputError
 from slicing.files import local_path
+from slicing.hub import check_no_adapter, why
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +29,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-NO_SAFETENSORS = "it has no safetensors weights, and pickles (.bin, .pt) are not read, since they can run code"
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +63,22 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[str(dtype)]
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The config of a model that `load_model` can load, without its weights.
+def load_config(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PretrainedConfig":
+    """The config of a model that `load_model` can load, without its weights: the model is built once, without memory.
 
-    A GGUF file is read once a process for this (some seconds).
+    A GGUF file is read once a process for this (some seconds). Choices of what a forward returns are put aside, and so
+    is an attention kernel that is not installed, which is told on stderr.
 
     Raises:
         InputError: no such model, a gated or private one without a login, a damaged or unknown config, remote code that
-            was not asked for, an encoder-decoder, a quantised model, the demo's package not installed.
+            was not asked for, an encoder-decoder, a quantised model, a config that its model's class does not take, a
+            dtype "auto" that nothing is computed in, the demo's package not installed.
     """
     _register_sliced()
     folder, gguf = _place(name)
@@ -83,6 +90,18 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise InputError(f"the model {name!r} ({config.model_type}) is an encoder-decoder; only decoders can be sliced")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"the model {name!r} is quantised already; slice the original and quantise the result")
+    _put_aside_outputs(config)
+    _check_builds(name, config, revision=revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise InputError(f"the model {name!r} can't be used: config.json says num_hidden_layers {layers}")
+    stored = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    if gguf is None and dtype == "auto" and stored not in (None, *DTYPES, *DTYPES.values()):
+        raise InputError(
+            f"the model {name!r} can't be used: config.json says dtype {str(stored).removeprefix('torch.')}, in which"
+            f" nothing is computed; choose --dtype {', '.join(DTYPES)}"
+        )
     return config
 
 
@@ -98,7 +117,7 @@ def load_tokenizer(
             return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf)
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # `tokenizers` raises bare Exceptions
-        raise InputError(_why(f"the tokenizer of {name!r} can't be loaded", error)) from error
+        raise InputError(why(f"the tokenizer of {name!r} can't be loaded", error)) from error
 
 
 def load_model(
@@ -126,13 +145,16 @@ def load_model(
     place, wanted = resolve_device(device), resolve_dtype(dtype)
     if place.type == "mps" and wanted == torch.float64:
         raise InputError("the device 'mps' has no float64; use another dtype or the device 'cpu'")
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
     folder, gguf = _place(name)
     options: dict[str, Any]
     if gguf is not None:
         options = {"gguf_file": gguf, "dtype": torch.float32 if wanted == "auto" else wanted}
     else:
-        _check_weights(name)
+        if Path(folder).is_dir():
+            check_files(Path(folder), chosen=getattr(config, "transformers_weights", None))
+        else:
+            check_no_adapter(name, revision)
         options = {
             "use_safetensors": True,
             "dtype": wanted,
@@ -192,7 +214,43 @@ def _auto_config(name: str, folder: str, **options: Any) -> "PretrainedConfig":
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # a config.json can hold anything, and its classes check it in many ways
-        raise InputError(_why(f"the model {name!r} can't be used", error)) from error
+        raise InputError(why(f"the model {name!r} can't be used", error)) from error
+
+
+def _put_aside_outputs(config: "PretrainedConfig") -> None:
+    """Let a forward return what it does by default: an object, without all states and attention weights."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None))):
+        part.return_dict = True
+        part.output_hidden_states = part.output_attentions = False
+
+
+def _check_builds(name: str, config: "PretrainedConfig", **options: Any) -> None:
+    """Refuse a config that its model's class does not take, as building the model shows; a model with code of its own
+    is left to loading. Where the attention kernel alone is at fault, since it is not installed, the default one is
+    taken."""
+    from transformers import AutoModelForCausalLM
+
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own and options["trust_remote_code"]:
+        return
+
+    def error_of_building() -> Exception | None:
+        try:
+            with torch.device("meta"), _only_errors("transformers.modeling_utils"):
+                AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        except Exception as error:  # a config's numbers and words go anywhere
+            return error
+        return None
+
+    error = error_of_building()
+    kernel = config._attn_implementation
+    if isinstance(error, ImportError) and kernel is not None:
+        config._attn_implementation = None
+        if error_of_building() is None:
+            log.warning("%s: the attention kernel %s is not installed, the default one is used", name, kernel)
+            return
+    if error is not None:
+        raise InputError(why(f"the model {name!r} can't be used", error)) from error
 
 
 @functools.cache
@@ -200,84 +258,22 @@ def _gguf_config(name: str, folder: str, gguf: str) -> "PretrainedConfig":
     return _auto_config(name, folder, gguf_file=gguf)
 
 
-def _why(what: str, error: BaseException) -> str:
-    """One line that says why the hub or Transformers refused, and what to do."""
-    from huggingface_hub import errors
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-
-    def among(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
-    if among(errors.GatedRepoError):
-        return f"{what}: it is gated on the hub; accept its terms on its page there, then log in with `hf auth login`"
-    if among(errors.RevisionNotFoundError):
-        return f"{what}: it has no such revision on the hub"
-    if among(errors.RepositoryNotFoundError) or status & {401, 403}:
-        return (
-            f"{what}: it is neither a local folder nor public on the hub; if it is private, log in with `hf auth login`"
-        )
-    if among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
-        return (
-            f"{what}: it is neither a local folder nor in the hub's cache, and the hub can't be reached "
-            "(check the name, the network and HF_HUB_OFFLINE)"
-        )
-    text = " ".join(str(error).split())
-    if "model.safetensors" in text and "does not appear to have" in text:
-        return f"{what}: {NO_SAFETENSORS}"
-    if "trust_remote_code" in text:
-        return f"{what}: it needs code of its own; read that code, then allow it with --trust-remote-code"
-    return f"{what}: {text[:300] or type(error).__name__}"
-
-
-def _check_weights(name: str) -> None:
-    """Refuse a local folder whose safetensors are not all there, before anything is read."""
-    folder = local_path(name)
-    if not folder.is_dir():
-        return  # a hub model
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / "model.safetensors").exists():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{str(index)!r} is damaged: copy the model again") from error
-        missing = sorted(file for file in files if not (folder / file).exists())
-        if missing:
-            raise InputError(
-                f"the model {name!r} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:3])}"
-            )
-    elif not any(folder.glob("*.safetensors")):
-        raise InputError(f"the weights of {name!r} can't be read: {NO_SAFETENSORS}")
-
-
 def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: dict[str, Any]) -> "PreTrainedModel":
     """The model; refused where the checkpoint doesn't fill it, since Transformers only warns and fills in noise."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    gguf = "gguf_file" in options
     try:
         with _only_errors("transformers.modeling_utils"):  # its report would come before the error below
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, SafetensorError) as error:
-        raise InputError(_why(f"the weights of {name!r} can't be read", error)) from error
-    except ValueError as error:
-        if gguf or "Unrecognized configuration class" in str(error):
-            raise InputError(_why(f"the model {name!r} can't be read", error)) from error
-        raise
+    except Exception as error:  # damaged files, a full memory, code of any family
+        raise InputError(why(f"the weights of {name!r} can't be read", error)) from error
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing or mismatched:
         wrong = f"{len(missing)} tensors missing, {len(mismatched)} of another shape than config.json says"
         raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
-    if info["unexpected_keys"]:
-        log.warning("%s: %d tensors of the checkpoint are not used", name, len(info["unexpected_keys"]))
+    check_used(name, model, info["unexpected_keys"])
     return model
 
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
-from slicing import loading
+from slicing import loading, rotate_and_slice
 from slicing.families import InputError
 from slicing.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+
+ONE = torch.ones(1)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -116,7 +118,6 @@ def test_weights_on_the_cpu_are_mapped_from_the_file(folder):
 
 def test_a_sliced_model_loads_with_the_repos_class_and_no_remote_code(saved, tmp_path):
     from slicing.modeling import SlicedForCausalLM
-    from slicing.rotation import rotate_and_slice
 
     dense, tokenizer = load_model(str(saved), device="cpu")
     windows = torch.arange(1, 33).view(2, 16)
@@ -135,11 +136,78 @@ def test_loading_changes_no_logger_and_leaves_the_config_alone(saved):
     assert (logger.level, list(logger.filters), (saved / "config.json").read_bytes()) == before
 
 
-def test_unused_tensors_are_told(folder, caplog):
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"model.layers.2.extra": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+def add(folder: Path, **tensors: torch.Tensor) -> None:
+    """Write tensors beside, or in the place of, those of a model."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, {"format": "pt"})
+
+
+def test_tensors_of_other_parts_are_told_and_old_buffers_passed_over(folder, caplog):
+    add(folder, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "transformer.h.0.attn.bias": ONE})
     load_model(str(folder), device="cpu")
-    assert "1 tensors of the checkpoint are not used" in caplog.text
+    assert not caplog.records
+    add(folder, **{"score.weight": torch.zeros(2, 32), "model.vision_tower.conv.weight": torch.zeros(2)})
+    load_model(str(folder), device="cpu")
+    assert "2 tensors of the checkpoint are not used, such as model.vision_tower.conv.weight" in caplog.text
+
+
+def test_a_layer_that_predicts_more_tokens_is_no_layer_too_many(folder):
+    add(folder, **{"model.layers.2.eh_proj.weight": ONE})
+    refused("not used", load_model, str(folder), device="cpu")
+    change_config(folder, num_nextn_predict_layers=1)
+    load_model(str(folder), device="cpu")
+
+
+def test_a_head_beside_its_tied_table_is_no_fault(folder, caplog):
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    add(folder, **{"lm_head.weight": table.clone()})
+    model, _ = load_model(str(folder), device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not caplog.records
+
+
+def test_a_checkpoint_cast_to_fp8_without_scales_is_read(folder):
+    wanted = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    add(folder, **{"model.layers.0.mlp.up_proj.weight": wanted})
+    model, _ = load_model(str(folder), device="cpu")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, wanted.float())
+
+
+def test_further_files_of_weights_are_told(folder, caplog):
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    load_model(str(folder), device="cpu")
+    assert "model.safetensors is read, not consolidated.safetensors" in caplog.text
+
+
+def test_the_file_that_config_json_names_is_read(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    refused(
+        "it has other.safetensors, but no model.safetensors or model.safetensors.index.json",
+        load_model,
+        str(folder),
+        device="cpu",
+    )
+    change_config(folder, transformers_weights="other.safetensors")
+    load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("choice", ["return_dict", "output_hidden_states", "output_attentions"])
+def test_choices_of_what_a_forward_returns_are_put_aside(folder, choice):
+    change_config(folder, attn_implementation="eager", **{choice: choice != "return_dict"})
+    model, _ = load_model(str(folder), device="cpu")
+    windows = torch.arange(1, 33).view(2, 16)
+    for found in (model, rotate_and_slice(model, windows, [24, 16])):
+        output = found(windows)
+        assert output.logits.shape == (2, 16, 64)
+        assert output.hidden_states is None
+        assert output.attentions is None
+
+
+def test_an_attention_kernel_that_is_not_installed_is_told_and_the_default_one_taken(folder, caplog):
+    change_config(folder, attn_implementation="flash_attention_2")
+    model, _ = load_model(str(folder), device="cpu")
+    assert model.config._attn_implementation == "sdpa"
+    assert "the attention kernel flash_attention_2 is not installed, the default one is used" in caplog.text
 
 
 # The demo: one GGUF file out of a package
@@ -268,6 +336,32 @@ def test_a_config_that_contradicts_itself_is_refused(folder, values):
     refused("can't be used: ", load_config, str(folder))
 
 
+REJECTED: list[tuple[dict[str, object], str]] = [
+    ({"pad_token_id": 64}, "AssertionError Padding_idx must be within num_embeddings"),
+    ({"attn_implementation": "nonsense"}, "nonsense"),
+    ({"hidden_act": "nonsense"}, "KeyError .*nonsense"),
+    ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "nonsense"),
+    ({"num_hidden_layers": 0}, "config.json says num_hidden_layers 0"),
+    ({"dtype": "float8_e4m3fn"}, "config.json says dtype float8_e4m3fn, .* choose --dtype float32"),
+    ({"dtype": "int8"}, "config.json says dtype int8, .* choose --dtype float32"),
+    ({"dtype": "nonsense"}, "can't be used"),
+    ({"intermediate_size": -3}, "can't be used"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REJECTED, ids=[str(values)[:40] for values, _ in REJECTED])
+def test_a_config_that_the_models_class_does_not_take_is_refused_before_its_weights_are_read(folder, values, message):
+    change_config(folder, **values)
+    (folder / "model.safetensors").unlink()
+    refused(message, load_config, str(folder))
+
+
+def test_a_dtype_of_the_checkpoint_that_nothing_is_computed_in_is_no_fault_where_another_is_chosen(folder):
+    change_config(folder, dtype="float8_e4m3fn")
+    model, _ = load_model(str(folder), device="cpu", dtype="float32")
+    assert model.dtype == torch.float32
+
+
 def test_remote_code_that_was_not_asked_for_is_refused(folder):
     change_config(
         folder, model_type="martian", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}
@@ -289,7 +383,7 @@ def test_a_quantised_model_is_refused_before_its_weights_are_read(folder):
 
 def test_a_model_that_is_no_language_model_is_refused(folder):
     AutoConfig.for_model("vit", hidden_size=8).save_pretrained(folder)
-    refused("can't be read: Unrecognized configuration class", load_model, str(folder), device="cpu")
+    refused("can't be used: Unrecognized configuration class", load_model, str(folder), device="cpu")
 
 
 # Weights and tokenizers that are refused
@@ -327,6 +421,62 @@ def spoil_the_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+def null_in_the_index(folder: Path) -> None:
+    spoil_the_index(folder)
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"lm_head.weight": null}}')
+
+
+def index_without_metadata(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+
+
+def lose_the_index(folder: Path) -> None:
+    index_without_metadata(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def stale_file(folder: Path) -> None:
+    old = (folder / "model.safetensors").read_bytes()
+    tiny_llama().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").write_bytes(old)
+
+
+def stale_shards(folder: Path) -> None:
+    stale_file(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "no/where"}')
+
+
+def scale(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = load_file(folder / "model.safetensors")[name]
+    add(folder, **{name: (weight / 2).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.tensor(2.0)})
+
+
+def integers(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    weight = load_file(folder / "model.safetensors")[f"{name}.weight"]
+    add(folder, **{f"{name}.weight": (weight * 99).to(torch.int8), f"{name}.SCB": torch.ones(48)})
+
+
+def fewer_layers(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1)
+
+
+def bias(folder: Path) -> None:
+    add(folder, **{"lm_head.bias": torch.zeros(64)})
+
+
+def position_table(folder: Path) -> None:
+    add(folder, **{"model.embed_positions.weight": torch.zeros(64, 32)})
+
+
 def only_pickle(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -340,6 +490,20 @@ DAMAGES = [
     (lose_a_shard, r"lacks 1 of \d+ weight files: model-00001-of"),
     (spoil_the_index, "index.json' is damaged"),
     (only_pickle, "no safetensors weights, and pickles .* are not read"),
+    (null_in_the_index, "index.json' is damaged .its weight_map names the file None"),
+    (index_without_metadata, 'index.json\' is damaged: it has no "metadata"'),
+    (lose_the_index, r"has \d+ weight files but no model.safetensors.index.json"),
+    (stale_file, r"two sets of weights, model.safetensors and model.safetensors.index.json with \d+ files"),
+    (stale_shards, "two sets of weights, model.safetensors and model-00001-of"),
+    (adapter, "holds an adapter .adapter_config.json."),
+    (
+        scale,
+        "are quantised, though config.json does not say so: 1 tensors say .* 'model.layers.0.mlp.up_proj.",
+    ),
+    (integers, "1 weights in .* are integers, such as 'model.layers.0.mlp.up_proj.weight' .I8."),
+    (fewer_layers, r"not used, such as 'model.layers.1.*describes another model than the weights \(1 layers, Llama"),
+    (bias, "1 tensors of .* are not used, such as 'lm_head.bias'"),
+    (position_table, "1 tensors of .* are not used, such as 'model.embed_positions.weight'"),
 ]
 
 

@@ -210,7 +210,7 @@ def check(options: Options) -> Checked:
             check_source(options.dataset, "validation", options.text_column)
     tasks = resolve_tasks(options.tasks, options.include_path) if options.tasks else None
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = load_config(options.model, **where)
+    config = load_config(options.model, dtype=options.dtype, **where)
     check_positions(config, "--perplexity-length", options.perplexity_length)
     given = vector
     if options.mean > 0:
