@@ -236,7 +236,7 @@ def _check_builds(name: str, config: "PretrainedConfig", **options: Any) -> None
 
     def error_of_building() -> Exception | None:
         try:
-            with torch.device("meta"), _only_errors("transformers.modeling_utils"):
+            with torch.device("meta"), _no_warnings():
                 AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         except Exception as error:  # a config's numbers and words go anywhere
             return error
@@ -275,6 +275,17 @@ def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: d
         raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
     check_used(name, model, info["unexpected_keys"])
     return model
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Of any logger: what is built here is thrown away, and the model itself warns again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
