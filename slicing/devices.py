@@ -1,9 +1,11 @@
 """Models that one GPU can't hold: they stay on the CPU, are sliced a layer at a time on the GPU, and are spread over
-the GPUs that there are to be evaluated."""
+the GPUs that there are to be evaluated. How much memory a GPU or the machine still has for this process."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -25,6 +27,42 @@ def free_bytes(device: torch.device) -> int:
     allocated = torch.cuda.memory_allocated(device)
     cached = torch.cuda.memory_reserved(device) - allocated  # PyTorch's own, to be used again
     return min(free + cached, limit - allocated)
+
+
+def free_memory(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the machine's memory that this process can still have, the limits of its container or batch job
+    included, of which /proc/meminfo knows nothing.
+
+    groups, mounted: where Linux says to which control groups the process belongs, and where these are.
+    """
+    free = [psutil.virtual_memory().available]
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:  # no Linux
+        return int(free[0])
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            base, names = mounted, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in [group, *group.parents]:  # a limit above counts too; inside a container the path may not be there
+            if folder == base.parent:
+                break
+            free += _room(folder, *names)
+    return int(max(0, min(free)))
+
+
+def _room(folder: Path, limit: str, usage: str, cache: str) -> list[int]:
+    """What a control group leaves: its limit less its usage, without the file cache that it can drop."""
+    try:
+        allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [allowed - used + int(stat.get(cache, 0))]
+    except (OSError, ValueError):  # no such file, or "max"
+        return []
 
 
 def must_offload(model: PreTrainedModel, device: torch.device, calibration_tokens: int) -> bool:

@@ -1,6 +1,8 @@
 """Where models are kept: what fits on a GPU, by arithmetic, and that all is put back."""
 
 import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -9,7 +11,7 @@ from tiny_models import random_model, windows
 
 from slicing import perplexity, rotate_and_slice
 from slicing.bases import dense_bases
-from slicing.devices import free_bytes, model_bytes, must_offload, on_devices
+from slicing.devices import free_bytes, free_memory, model_bytes, must_offload, on_devices
 from slicing.rotation import slice_with_bases
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,6 +47,43 @@ def test_free_memory_is_what_the_card_has_and_the_process_may_take(memory):
     assert free_bytes(GPU) == 3 * GB
     memory["cached"] = 4 * GB
     assert free_bytes(GPU) == 7 * GB
+
+
+def control_group(folder: Path, *, limit: object, usage: int, cache: int, version: int) -> None:
+    """Write the files of a control group."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip((*names[:2], "memory.stat"), (limit, usage, f"anon 5\n{names[2]} {cache}"), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "base"), [(2, "0::/job/step", ""), (1, "4:cpu,memory:/job/step", "memory")]
+)
+def test_free_memory_knows_the_limits_of_containers_and_batch_jobs(tmp_path, monkeypatch, version, line, base):
+    available = SimpleNamespace(available=100 * GB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    groups, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    assert free_memory(groups, mounted) == 100 * GB
+    groups.write_text(f"7:pids:/other\n{line}\n")
+    assert free_memory(groups, mounted) == 100 * GB
+    control_group(mounted / base / "job", limit=8 * GB, usage=5 * GB, cache=GB, version=version)
+    assert free_memory(groups, mounted) == 4 * GB
+    control_group(mounted / base / "job/step", limit="max", usage=5 * GB, cache=GB, version=version)
+    assert free_memory(groups, mounted) == 4 * GB
+    control_group(mounted / base / "job/step", limit=6 * GB, usage=5 * GB, cache=0, version=version)
+    assert free_memory(groups, mounted) == GB
+    available.available = GB // 2
+    assert free_memory(groups, mounted) == GB // 2
+
+
+def test_in_a_container_the_limit_is_where_its_control_groups_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
+    (tmp_path / "cgroup").write_text("0::/../not/there\n")
+    control_group(tmp_path / "mounted", limit=2 * GB, usage=3 * GB, cache=0, version=2)
+    assert free_memory(tmp_path / "cgroup", tmp_path / "mounted") == 0
 
 
 def test_a_model_stays_on_the_cpu_where_two_of_it_and_the_activations_and_6_gb_do_not_fit(memory):

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slicing.bases import Bases, dense_bases
-from slicing.devices import must_offload, on_devices
+from slicing.devices import free_memory, must_offload, on_devices
 from slicing.experiment import identity
 from slicing.experiment.options import Checked, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
@@ -194,7 +193,7 @@ class Bench:
         """The folder of the results, where memory is short for the bases."""
         config = self.checked.config
         size = 4 * self.options.rotations * config.num_hidden_layers * config.hidden_size**2
-        if 2 * size * self.processes < psutil.virtual_memory().available:
+        if 2 * size * self.processes < free_memory():
             return None
         return Path(self.options.output_dir)
 
