@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +71,17 @@ def check_files(folder: Path, *, chosen: str | None = None) -> None:
         log.warning("%s: %s is read, not %s", folder, ", ".join(sorted(listed)[:3]), ", ".join(others[:3]))
 
 
-def check_used(name: str, model: "PreTrainedModel", unused: Iterable[str]) -> None:
-    """Refuse a model whose checkpoint holds tensors that belong to it, but that its class does not read.
+def check_used(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> None:
+    """Refuse a model that its checkpoint does not fill, or fills with a part of what belongs to it.
 
-    unused: their names. What lies beside the text model (another head, a vision tower, layers that predict more than
-    one token) is told on stderr; buffers that newer versions compute are passed over.
+    info: what `from_pretrained` found. Tensors that lie beside the text model (another head, a vision tower, layers
+    that predict more than one token) are told on stderr; buffers that newer versions compute are passed over.
     """
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        wrong = f"{len(missing)} tensors missing, {len(mismatched)} of another shape than config.json says"
+        raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
+    unused = info["unexpected_keys"]
     left = sorted(key for key in unused if not _LEFTOVER.search(key) and key not in _tied_head(model))
     if scales := [key for key in left if _SCALE.search(key)]:
         raise InputError(

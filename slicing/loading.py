@@ -230,8 +230,7 @@ def _check_builds(name: str, config: "PretrainedConfig", **options: Any) -> None
     taken."""
     from transformers import AutoModelForCausalLM
 
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if own and options["trust_remote_code"]:
+    if _own_class(config) and options["trust_remote_code"]:
         return
 
     def error_of_building() -> Exception | None:
@@ -253,13 +252,18 @@ def _check_builds(name: str, config: "PretrainedConfig", **options: Any) -> None
         raise InputError(why(f"the model {name!r} can't be used", error)) from error
 
 
+def _own_class(config: "PretrainedConfig") -> str | None:
+    found: str | None = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    return found
+
+
 @functools.cache
 def _gguf_config(name: str, folder: str, gguf: str) -> "PretrainedConfig":
     return _auto_config(name, folder, gguf_file=gguf)
 
 
 def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: dict[str, Any]) -> "PreTrainedModel":
-    """The model; refused where the checkpoint doesn't fill it, since Transformers only warns and fills in noise."""
+    """The model; refused where the checkpoint doesn't fit it, since Transformers only warns and fills in noise."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -269,11 +273,10 @@ def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: d
             )
     except Exception as error:  # damaged files, a full memory, code of any family
         raise InputError(why(f"the weights of {name!r} can't be read", error)) from error
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
-    if missing or mismatched:
-        wrong = f"{len(missing)} tensors missing, {len(mismatched)} of another shape than config.json says"
-        raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
-    check_used(name, model, info["unexpected_keys"])
+    check_used(name, model, info)
+    own, stock = _own_class(config), type(model)
+    if own and stock.__module__.startswith("transformers.models."):
+        log.warning("%s has code of its own (%s), which is not run, but Transformers' %s", name, own, stock.__name__)
     return model
 
 

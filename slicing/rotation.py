@@ -160,6 +160,13 @@ class _Slicer:
                 fill(target, self.writer.fp64(rows) @ basis.encoder)
 
 
+@torch.no_grad()
+def check_sliceable(model: PreTrainedModel, *, device: torch.device | None = None) -> None:
+    """Raise InputError where a slicing would refuse the model, whatever the widths; `device` is where it would run."""
+    widths = [int(model.config.hidden_size)] * int(model.config.num_hidden_layers)
+    _Slicer(model, widths, 1, device)
+
+
 def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int) -> int:
     """How many parameters the model has once it is sliced to these widths; nothing is calibrated or allocated."""
     with torch.device("meta"):

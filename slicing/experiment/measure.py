@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slicing.bases import Bases, dense_bases
+from slicing.causality import check_causal
 from slicing.devices import free_memory, must_offload, on_devices
 from slicing.experiment import identity
 from slicing.experiment.options import Checked, Target
@@ -26,7 +27,7 @@ from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
-from slicing.rotation import rotate_and_slice, slice_with_bases
+from slicing.rotation import check_sliceable, rotate_and_slice, slice_with_bases
 from slicing.task_content import task_content
 from slicing.tasks import evaluate_tasks
 
@@ -196,6 +197,13 @@ class Bench:
         if 2 * size * self.processes < free_memory():
             return None
         return Path(self.options.output_dir)
+
+    def check_model(self) -> None:
+        """Raise InputError, before a point is measured, where the model can't be measured or sliced as is wanted."""
+        with on_devices(self.model, self.device) as model:
+            check_causal(model)
+        if self.options.mean > 0:
+            check_sliceable(self.model, device=self.device)
 
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""

@@ -95,6 +95,8 @@ class Experiment:
         )
         missing = self.ranks.from_first(missing)
         mine = self.ranks.share(missing)
+        if mine:
+            self.bench.check_model()
         with tqdm(total=len(mine), desc="points", unit="point", disable=not (self.progress and mine)) as bar:
             self._report(keys, on_point)
             for target, key in mine:
