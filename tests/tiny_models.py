@@ -116,6 +116,34 @@ _XGLM = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
 }
+_XLSTM = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_blocks": LAYERS,
+    "num_heads": HEADS,
+    "vocab_size": VOCAB,
+    "chunk_size": 8,
+}
+_DOTS3 = {
+    "head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "shared_experts_intermediate_size": 24,
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+    "sliding_window": 8,
+    **{
+        f"swa_{name}": size
+        for name, size in {
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "head_dim": 16,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        }.items()
+    },
+}
 _NEMOTRON_H = {
     "hybrid_override_pattern": "M*E-",
     "num_hidden_layers": 4,
@@ -234,6 +262,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
         },
     ),
+    "dots3_note_text": ("dots3_note_text", _LATENT | _DENSE_EXPERTS | _DOTS3),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        _LLAMA | {"lru_width": HIDDEN, "head_dim": 12, "block_types": ["recurrent", "attention"]},
+    ),
+    "xlstm": ("xlstm", _TOKENS | _XLSTM),
     "bamba": ("bamba", _LLAMA | _MAMBA2 | {"attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "granitemoehybrid",

@@ -1,0 +1,201 @@
+"""Try every model type of Transformers' causal-LM mapping on tiny random models, and write what was found.
+
+    PYTHONPATH=. python tests/census.py --write docs/families.md
+    PYTHONPATH=. python tests/census.py gpt_oss jamba
+
+A type that slices is measured in fp64: its stream is made to live in a subspace, it is sliced to that width and wider,
+and the logits are compared with the dense model's; greedy generation with the cache is compared with full forwards; the
+saved folder is loaded again. A type without a row is asked for its reason.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import (
+    ALL,
+    layer_norm,
+    live_in,
+    logits,
+    random_model,
+    relative_error,
+    subspace,
+    windows,
+)
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from slicing.families import FAMILIES, InputError, find_family
+from slicing.modeling import SlicedForCausalLM, find_block, is_parallel, part
+from slicing.rotation import rotate_and_slice
+
+LOSSLESS = 1e-4  # above it a type does not count as sliced: rounding is at 1e-15 to 1e-6, a wrong row at 1e-2 and more
+CACHE = 1e-4
+
+PAGE = """\
+# Model families
+
+Made by `PYTHONPATH=. python tests/census.py --write docs/families.md` (`make families`) with Transformers {version}:
+every type of its causal-LM mapping, tried on tiny random models with two or three layouts of layer, most of them with
+three layers of width 48. {slicing} of {count} types slice; the others are refused with the reason below, exit code 2,
+before weights are read. LR and perplexity are measured for any causal decoder.
+
+- **lossless**: the relative error of the logits after slicing to the subspace that the stream lives in (some parts of
+  most families compute in fp32, so 1e-7 is rounding).
+- **cache**: the relative error of the scores of greedy generation with the cache against full forwards; `-` where the
+  tiny dense model can't generate with one.
+- **reload**: the saved folder, loaded again, gives the same bits, or the relative error.
+
+Before any slicing the layers of the model at hand are checked in the same way against the family's own code
+(`slicing/check.py`).
+
+| model type | layers | lossless | cache | reload |
+|---|---|---|---|---|
+{rows}
+
+Refused:
+
+| model type | reason |
+|---|---|
+{refused}
+
+Experts return the width that they read, so the narrower of the two is filled up with zeros: an expert layer between the
+widths d and d' has the parameters of max(d, d'), and in the last layer those of D. Where a family's body needs its
+embeddings' width (GPT-2, Bloom) an untied table keeps it and is projected.
+
+[CONTRIBUTING.md](../CONTRIBUTING.md) says how a family is added.
+"""
+
+
+def measure(case: str) -> dict[str, Any]:
+    """What slicing does to a tiny model: kind of layers, the two errors, whether the bits are the same."""
+    dtype = torch.float32 if case == "xglm" else torch.float64  # its attention has no fp64
+    model = random_model(case, dtype=dtype)
+    live_in(model, subspace(20, centred=layer_norm(case)))
+    wanted = logits(model, windows(2))
+    widths = ([20, 32] * 3)[: model.config.num_hidden_layers]
+    sliced = rotate_and_slice(model, windows(), widths)
+    return {
+        "layers": _kind(model, find_family(model.config)),
+        "lossless": relative_error(logits(sliced, windows(2)), wanted),
+        "cache": cache_error(sliced),
+        "dense cache": cache_error(model),
+        "reload": reload_error(rotate_and_slice(random_model(case, dtype=torch.float32), windows(2), widths)),
+    }
+
+
+def reload_error(sliced: PreTrainedModel) -> float:
+    """Of what is saved and loaded again, in fp32: in fp64 the tests' models have some tables in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        sliced.save_pretrained(folder)
+        loaded = SlicedForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    return relative_error(logits(loaded, windows(2)), logits(sliced, windows(2)))
+
+
+def cache_error(model: PreTrainedModel) -> float:
+    """Of the scores of six new tokens, with the cache against full forwards; inf where there is no generation."""
+    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    try:
+        found, wanted = (
+            torch.stack(model.generate(windows(2, 8), use_cache=cached, **settings).logits) for cached in (True, False)
+        )
+    except RuntimeError:  # xLSTM's cache wants a width that is a multiple of 64
+        return torch.inf
+    return relative_error(found, wanted)
+
+
+def _kind(model: PreTrainedModel, family: Any) -> str:
+    layers = list(part(model, family.layers))
+    blocks = [find_block(layer, family) for layer in layers]
+    kinds = []
+    if any(not block.attention or not block.mlp for block in blocks):
+        kinds.append("one branch a layer")
+    elif any(is_parallel(layer, block) for layer, block in zip(layers, blocks, strict=True)):
+        kinds.append("parallel")
+    else:
+        kinds.append("attention, then MLP")
+    if len({(block.attention, block.attention_in) for block in blocks}) > 1:
+        kinds.append("two mixers")
+    if any(block.experts for block in blocks):
+        kinds.append("experts")
+    return ", ".join(kinds)
+
+
+def slices(model_type: str) -> list[str]:
+    """The cases of a type that this release of Transformers has."""
+    return [case for case, (name, _) in ALL.items() if name == model_type]
+
+
+def row(model_type: str) -> tuple[bool, str]:
+    """Whether a type slices, and its row: | type | layers | lossless | cache | reload | or | type | reason |."""
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception as error:  # a config of its own kind can want arguments: its row needs none
+        config = _Named(model_type, error)
+    try:
+        family = find_family(config)
+    except InputError as error:
+        return False, f"| `{model_type}` | {str(error).partition(': ')[2]} |"
+    own = model_type in FAMILIES
+    base = model_type if own else next(name for name in FAMILIES if FAMILIES[name] is family and _text(config, name))
+    found = [measure(case) for case in slices(base)]
+    worst = {name: max(each[name] for each in found) for name in ("lossless", "cache", "dense cache", "reload")}
+    if max(worst["lossless"], worst["reload"]) > LOSSLESS:
+        return False, f"| `{model_type}` | **wrong**: {worst} |"
+    cache = f"{worst['cache']:.0e}"
+    if worst["cache"] > CACHE:
+        cache = f"{cache} (dense: {worst['dense cache']:.0e})".replace("inf (dense: inf)", "-")
+    layers = "; ".join(dict.fromkeys(each["layers"] for each in found)) if own else f"as `{base}`"
+    return (
+        True,
+        f"| `{model_type}` | {layers} | {worst['lossless']:.0e} | {cache} | {_reload(worst)} |",
+    )
+
+
+def _reload(worst: dict[str, float]) -> str:
+    return "same bits" if worst["reload"] == 0 else f"{worst['reload']:.0e}"
+
+
+def _text(config: Any, name: str) -> bool:
+    return bool(config.get_text_config(decoder=True).model_type == name)
+
+
+class _Named:
+    """A config that can't be made without arguments."""
+
+    def __init__(self, model_type: str, error: Exception) -> None:
+        self.model_type, self.error = model_type, error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the rows of some types, or write the page of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; all by default")
+    parser.add_argument("--write", type=Path, help="the page to write")
+    arguments = parser.parse_args(argv)
+    torch.set_grad_enabled(False)
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    for model_type in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if model_type in CONFIG_MAPPING:
+            done, text = row(model_type)
+            rows[done].append(text)
+            print(text, flush=True)
+    if arguments.write:
+        count = sum(len(texts) for texts in rows.values())
+        page = PAGE.format(
+            version=transformers.__version__,
+            slicing=len(rows[True]),
+            count=count,
+            rows="\n".join(rows[True]),
+            refused="\n".join(rows[False]),
+        )
+        arguments.write.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
