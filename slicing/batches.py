@@ -58,12 +58,13 @@ def broken_weight(model: torch.nn.Module) -> str | None:
     """The name of the first parameter that holds NaN or an infinity; None where all are finite.
 
     The activations alone do not tell: attention kernels of some CPUs swallow NaN in queries and keys. Weights that are
-    on no device (accelerate keeps them on the disk) are passed over.
+    on no device (accelerate keeps them on the disk) or in a quantiser's own kind of tensor are passed over.
     """
     names, extremes = [], []
     for name, parameter in model.named_parameters():
         if (
-            parameter.dtype.itemsize > 1
+            type(parameter.data) is torch.Tensor
+            and parameter.dtype.itemsize > 1
             and parameter.is_floating_point()
             and parameter.numel()
             and not parameter.is_meta

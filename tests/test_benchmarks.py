@@ -184,4 +184,4 @@ def test_four_bits_has_a_row_for_each_tool(run: Any, tmp_path: Path) -> None:
         "four_bits", str(tmp_path / "sliced"), "--dataset", text, "--length", "16", "--tools", "torchao"
     )
     assert rows["as saved"][0] == f"{figures['as saved']:.3f}"
-    assert rows["torchao"][0] == ("not installed" if "torchao" not in figures else rows["torchao"][0])
+    assert rows["torchao"][0] in ("not installed", "needs widths in multiples of 32")  # they are 24

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from slicing.layouts import SHORTCUTS
+from slicing.likelihood import perplexity
 from slicing.report.model_card import UNQUANTISED
 from slicing.rotation import rotate_and_slice
 
@@ -194,6 +195,25 @@ def test_four_bits_leave_alone_what_the_model_card_says(tmp_path, tool, monkeypa
     assert shortcuts | {"lm_head"} <= plain
     assert plain.isdisjoint(name for name, _ in model.named_modules() if name.endswith("_proj") and "embed" not in name)
     assert relative_error(logits(model, windows(2)), logits(sliced, windows(2))) < 0.2
+    assert perplexity(model, windows(2), progress=False) == pytest.approx(perplexity(sliced, windows(2)), rel=0.5)
+
+
+class Packed(torch.Tensor):
+    """A quantiser's own kind of tensor, which knows few operations."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "aminmax" in str(function):
+            raise NotImplementedError(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_in_a_quantisers_own_tensors_are_not_searched_for_nan(folder):
+    model = load(folder)
+    wanted = perplexity(model, windows(2), progress=False)
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = Parameter(linear.weight.detach().as_subclass(Packed), requires_grad=False)
+    assert perplexity(model, windows(2), progress=False) == wanted
 
 
 def test_llm_compressor_runs_gptq_with_its_default_pipeline(folder, tmp_path):

@@ -20,6 +20,7 @@ import slicing
 from slicing.files import write_json
 from slicing.report.model_card import UNQUANTISED
 
+GROUPS = {"torchao": 32, "bitsandbytes": 64}  # widths that don't divide by it are refused, by bitsandbytes on a CPU
 MODULES = {"torchao": "torchao", "quanto": "optimum.quanto", "bitsandbytes": "bitsandbytes"}
 
 
@@ -39,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {"as saved": slicing.perplexity(whole, test)}
     print("| | all layers | without shortcuts |\n|---|---:|---:|")
     print(f"| as saved | {found['as saved']:.3f} | |", flush=True)
+    widths = whole.config.widths
     del whole
     for tool in options.tools:
         if not _installed(MODULES[tool]):
             print(f"| {tool} | not installed | |", flush=True)
+            continue
+        if any(width % GROUPS.get(tool, 1) for width in widths):
+            print(f"| {tool} | needs widths in multiples of {GROUPS[tool]} | |", flush=True)
             continue
         everything, careful = (
             slicing.perplexity(_quantised(options.model, tool, keep, options.device), test)
