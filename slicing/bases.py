@@ -20,7 +20,8 @@ from slicing.causality import check_causal
 from slicing.families import Family, InputError, find_family
 from slicing.metric import Metric, damped, gradient_metric, metric_basis, oblique
 from slicing.modeling import find_block, is_parallel, part
-from slicing.pca import Basis, leading_eigenvectors
+from slicing.output_norms import unit_outputs
+from slicing.pca import Basis, Covariance, leading_eigenvectors
 
 METRICS = ("pca", "gradient")
 MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
@@ -34,6 +35,9 @@ class Bases:
     rotations: int
     inputs: list[torch.Tensor] = field(default_factory=list)
     middles: list[torch.Tensor] = field(default_factory=list)
+    # of output norms, as in Basis: what attention writes in each layer, and the MLP of the layer before
+    attention_outputs: list[torch.Tensor | None] = field(default_factory=list)
+    mlp_outputs: list[torch.Tensor | None] = field(default_factory=list)
     metric: Metric | None = None
     centred: bool = False
 
@@ -111,8 +115,10 @@ def dense_bases(
             assert middle is not None
             found.inputs.append(_kept(basis.decoder, folder))
             found.middles.append(found.inputs[-1] if middle is basis else _kept(middle.decoder, folder))
+            found.attention_outputs.append(_kept_if_any(middle.attention_outputs, folder))
+            found.mlp_outputs.append(_kept_if_any(basis.mlp_outputs, folder))
     if gradients is not None:
-        middles = [None if matrix is None else _kept(matrix, folder) for matrix in gradients.middles]
+        middles = [_kept_if_any(matrix, folder) for matrix in gradients.middles]
         found.metric = Metric([_kept(matrix, folder) for matrix in gradients.inputs], middles)
     return found
 
@@ -120,6 +126,7 @@ def dense_bases(
 def leading(bases: Bases, index: int, width: int, device: torch.device) -> tuple[Basis, Basis]:
     """The bases of `width` of a layer, fp64, on a device."""
     metric = bases.metric
+    attended, written = bases.attention_outputs[index], bases.mlp_outputs[index]
 
     def first(decoder: torch.Tensor, gradients: torch.Tensor | None) -> Basis:
         narrow = decoder[:, :width].to(device).double()
@@ -131,9 +138,11 @@ def leading(bases: Bases, index: int, width: int, device: torch.device) -> tuple
 
     if bases.middles[index] is bases.inputs[index]:
         both = first(bases.inputs[index], None if metric is None else metric.mixed(index, MIDDLE_WEIGHT))
+        both = both._replace(attention_outputs=attended, mlp_outputs=written)
         return both, both
     middle = first(bases.middles[index], None if metric is None else metric.middles[index])
-    return first(bases.inputs[index], None if metric is None else metric.inputs[index]), middle
+    basis = first(bases.inputs[index], None if metric is None else metric.inputs[index])
+    return basis._replace(mlp_outputs=written), middle._replace(attention_outputs=attended)
 
 
 def find_metric(
@@ -161,6 +170,10 @@ def _kept(matrix: torch.Tensor, folder: Path | None) -> torch.Tensor:
     return mapped.view(matrix.shape).copy_(matrix)
 
 
+def _kept_if_any(matrix: torch.Tensor | None, folder: Path | None) -> torch.Tensor | None:
+    return None if matrix is None else _kept(matrix, folder)
+
+
 def find_bases(
     stream: Stream, model: PreTrainedModel, family: Family, rotations: int, finder: BasisFinder
 ) -> Iterator[tuple[Basis | None, Basis | None]]:
@@ -179,34 +192,46 @@ def find_bases(
         return (basis.encoder @ basis.decoder.T).to(device=stream.device, dtype=stream.buffer.dtype)
 
     incoming = stream.run(0, lambda batch, args, kwargs: batch, measure=narrow(0))
+    written: Covariance | None = None  # by the MLP of the layer before, where it has an output norm
     for index in range(last + 1):
         layer = on_device(layers[index], stream.device)
         block = find_block(layer, family)
         basis: Basis | None = None
         middle: Basis | None = None
+        attended: Covariance | None = None
+        rest = mlp_step
         if is_parallel(layer, block):
             if narrow(index):
                 basis = middle = finder.at_input(index, incoming.matrix())
-            yield basis, middle
             rest = parallel_step
         elif rotations == 1:
             if narrow(index):
                 # the unsliced attention gives the middle; in a dense pass that is the step itself
-                between = stream.run(index, attention_step(layer, block, None), measure=True, keep=dense)
+                with unit_outputs(layer, block.attention_output_norm, stream.device) as attended:
+                    between = stream.run(index, attention_step(layer, block, None), measure=True, keep=dense)
                 basis = middle = finder.of_layer(index, incoming.matrix(), between.matrix())
-            yield basis, middle
-            if index < last and not dense:
-                stream.run(index, attention_step(layer, block, projection(basis)), measure=False)
-            rest = mlp_step
+            if not dense and (index < last or attended is not None):
+                with unit_outputs(layer, block.attention_output_norm, stream.device) as attended:
+                    stream.run(index, attention_step(layer, block, projection(basis)), measure=False)
         else:
             if narrow(index):
                 basis = finder.at_input(index, incoming.matrix())
             if narrow(index) or index < last:
-                between = stream.run(index, attention_step(layer, block, projection(basis)), measure=narrow(index))
+                with unit_outputs(layer, block.attention_output_norm, stream.device) as attended:
+                    between = stream.run(index, attention_step(layer, block, projection(basis)), measure=narrow(index))
             if narrow(index):
                 middle = finder.at_middle(index, between.matrix())
-            yield basis, middle
-            rest = mlp_step
+        one = middle is basis
+        if basis is not None:
+            basis = basis._replace(mlp_outputs=_sum_of(written), attention_outputs=_sum_of(attended if one else None))
+        if middle is not None:
+            middle = basis if one else middle._replace(attention_outputs=_sum_of(attended))
+        yield basis, middle
         if index < last:  # the last layer writes in the model's own basis: its output is not needed
-            incoming = stream.run(index, rest(layer, block, projection(middle)), measure=narrow(index + 1))
+            with unit_outputs(layer, block.mlp_output_norm, stream.device) as written:
+                incoming = stream.run(index, rest(layer, block, projection(middle)), measure=narrow(index + 1))
         del layer  # a copy on the device, where the model is elsewhere: one at a time
+
+
+def _sum_of(outputs: Covariance | None) -> torch.Tensor | None:
+    return None if outputs is None else outputs.matrix()

@@ -14,7 +14,7 @@ from torch import nn
 
 from slicing.calibration import copy_of
 from slicing.families import Block
-from slicing.modeling import attention_branch, bias_name, input_axis, matrix, mlp_branch, outputs_of, part
+from slicing.modeling import attention_branch, bias_name, input_axis, matrix, mlp_branch, normalised, outputs_of, part
 
 Run = Callable[[nn.Module, Block, torch.Tensor, Any, Any], torch.Tensor]  # layer, its layout, stream, args, kwargs
 
@@ -142,11 +142,11 @@ class _Branch:
 
 
 def _attention(layer: nn.Module, block: Block, stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-    return attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)[0]
+    return attention_branch(layer, block, normalised(layer, block.attention_norm, stream), args, kwargs)[0]
 
 
 def _mlp(layer: nn.Module, block: Block, stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
-    return mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+    return mlp_branch(layer, block, normalised(layer, block.mlp_norm, stream))
 
 
 class _Note(nn.Module):

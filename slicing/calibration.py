@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from slicing.batches import first_batch, windows_at_once
 from slicing.families import Block, Family, InputError
-from slicing.modeling import attention_branch, is_parallel, mlp_branch, part, returns_tuple
+from slicing.modeling import attention_branch, is_parallel, mlp_branch, normalised, part, returns_tuple
 from slicing.pca import Covariance
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -138,7 +138,7 @@ def copy_of(module: Module, device: torch.device | None = None, known: dict[int,
 def attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
     def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         stream = _project(stream, projection)
-        return stream + attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)[0]
+        return stream + attention_branch(layer, block, normalised(layer, block.attention_norm, stream), args, kwargs)[0]
 
     return step
 
@@ -146,7 +146,7 @@ def attention_step(layer: nn.Module, block: Block, projection: torch.Tensor | No
 def mlp_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
     def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         stream = _project(stream, projection)
-        return stream + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+        return stream + mlp_branch(layer, block, normalised(layer, block.mlp_norm, stream))
 
     return step
 
@@ -154,8 +154,8 @@ def mlp_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) ->
 def parallel_step(layer: nn.Module, block: Block, projection: torch.Tensor | None) -> Step:
     def step(stream: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
         stream = _project(stream, projection)
-        attention, _ = attention_branch(layer, block, part(layer, block.attention_norm)(stream), args, kwargs)
-        return stream + attention + mlp_branch(layer, block, part(layer, block.mlp_norm)(stream))
+        attention, _ = attention_branch(layer, block, normalised(layer, block.attention_norm, stream), args, kwargs)
+        return stream + attention + mlp_branch(layer, block, normalised(layer, block.mlp_norm, stream))
 
     return step
 

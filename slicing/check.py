@@ -19,7 +19,18 @@ from transformers import PreTrainedModel
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
-from slicing.modeling import SlicedConfig, SlicedLayer, bias_name, find_block, has, input_axis, matrix, of_family, part
+from slicing.modeling import (
+    OutputRMSNorm,
+    SlicedConfig,
+    SlicedLayer,
+    bias_name,
+    find_block,
+    has,
+    input_axis,
+    matrix,
+    of_family,
+    part,
+)
 from slicing.pca import Basis
 from slicing.weights import LayerPlan, LayerWriter, gained_biases
 
@@ -76,7 +87,7 @@ def check_classes(model: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         other = built.get(name)
         stock = getattr(other, "dense_class", type(other))
-        if stock is not type(module) and not isinstance(other, nn.RMSNorm):  # a sliced LayerNorm
+        if stock is not type(module) and not isinstance(other, nn.RMSNorm | OutputRMSNorm):  # sliced norms
             raise InputError(
                 f"can't slice this {model.config.model_type!r} model: its {name or 'class'} is {type(module).__name__},"
                 f" Transformers' own {stock.__name__}: what is saved would load as another model"
@@ -97,7 +108,7 @@ def _layout(layer: nn.Module, block: Block) -> Any:
     shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
     numbers = [
         (path, name, value)
-        for path in ("", block.attention_norm, block.mlp_norm)
+        for path in ("", *sorted(block.norms() | block.output_norms()))
         for name, value in vars(part(layer, path) if path else layer).items()
         if isinstance(value, bool | float | str)
     ]
@@ -140,7 +151,7 @@ class _Trial:
         within = self.span[:, :rank]
         self.basis = within @ self._orthonormal(rank, rank).to(writer.device)
         middle = within @ self._orthonormal(rank, rank).to(writer.device)
-        self.following = self.span @ self._orthonormal(wide, wide).to(writer.device)
+        following = self.span @ self._orthonormal(wide, wide).to(writer.device)
         config = SlicedConfig.of(
             model.config,
             widths=[rank, wide, *[self.hidden_size] * model.config.num_hidden_layers][: model.config.num_hidden_layers],
@@ -148,8 +159,18 @@ class _Trial:
         )
         dense_class: Any = type(layer)
         self.sliced = of_family(SlicedLayer, dense_class)(_copy(layer, stream.device), family, config, 0, False).eval()
-        own, between, following = (Basis(basis, basis) for basis in (self.basis, middle, self.following))
-        writer.write(self.dense, self.sliced, LayerPlan(own, between, following))
+        block = self.sliced.block
+        for path in sorted(block.output_norms()):  # a trained one may be 0 somewhere
+            norm: Any = part(self.dense, path)
+            self.seed += len(SEEDS)
+            scale = 0.5 + _random(self.hidden_size, seed=self.seed).sigmoid()
+            norm.weight = nn.Parameter((scale - family.norm_offset).to(self.like), requires_grad=False)
+        between = Basis(middle, middle, attention_outputs=self._outputs(block.attention_output_norm, middle))
+        between = writer.turned(self.dense, "attention", between)
+        after = Basis(following, following, mlp_outputs=self._outputs(block.mlp_output_norm, self.span))
+        after = writer.turned(self.dense, "mlp", after)
+        self.following = after.decoder
+        writer.write(self.dense, self.sliced, LayerPlan(Basis(self.basis, self.basis), between, after))
 
     def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
         """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""
@@ -185,18 +206,31 @@ class _Trial:
         rank = self.basis.shape[1]
         for path in block.writers():
             span = self.span if self.sliced.parallel or path in block.mlp_out else self.span[:, :rank]
-            projection = (span @ span.T).to(self.like)
+            scale = self._scale(block.output_norm(path))  # what is behind an output norm lies in the span
+            projection = (span @ span.T / scale[:, None] * scale).to(self.like)
             owner, name = matrix(self.dense, path)
             weight = getattr(owner, name)
-            projected = projection @ weight if input_axis(owner) == -1 else weight @ projection
+            projected = projection @ weight if input_axis(owner) == -1 else weight @ projection.T
             setattr(owner, name, nn.Parameter(projected, requires_grad=False))
             bias = getattr(owner, bias_name(name), None)
             if bias is not None:
-                setattr(owner, bias_name(name), nn.Parameter(bias @ projection, requires_grad=False))
+                setattr(owner, bias_name(name), nn.Parameter(bias @ projection.T, requires_grad=False))
+
+    def _scale(self, norm: str) -> torch.Tensor:
+        """The weight of an output norm (D), fp64; ones where there is none."""
+        if not norm:
+            return torch.ones_like(self.span[:, 0])
+        weight: torch.Tensor = part(self.dense, norm).weight
+        return weight.to(self.span) + self.family.norm_offset
+
+    def _outputs(self, norm: str, span: torch.Tensor) -> torch.Tensor | None:
+        """A covariance of what a writer gives (D, D) where it lies, behind its output norm, in a span."""
+        within = span / self._scale(norm)[:, None]
+        return within @ within.T if norm else None
 
     def _check_norms(self) -> None:
         """A LayerNorm centres, and the row must say so: the ones vector is dropped from its bases alone."""
-        for path in {self.sliced.block.attention_norm, self.sliced.block.mlp_norm}:
+        for path in self.sliced.block.norms() | self.sliced.block.output_norms():
             norm = part(self.dense, path)
             state = _random(1, TOKENS, self.hidden_size, seed=self.seed).to(self.like)
             centres = _relative(norm(state + 1), norm(state)) < TOLERANCE

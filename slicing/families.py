@@ -1,8 +1,9 @@
 """Where each model family keeps the parts that slicing reads or writes: a table, keyed by `config.model_type`.
 
-The decoder block of every family here is pre-norm: x + A(norm(x)), then h + M(norm(h)) on the result (sequential), or
-x + A(norm(x)) + M(norm(x)) at once (parallel). A row names the modules (layouts.py says how); no forward is written for
-a family, and before a model is sliced its layers are checked against their row (check.py).
+The decoder block of every family here is x + A(norm(x)), then h + M(norm(h)) on the result (sequential), or
+x + A(norm(x)) + M(norm(x)) at once (parallel); in some, norms stand behind A and M too, or only there. A row names the
+modules (layouts.py says how); no forward is written for a family, and before a model is sliced its layers are checked
+against their row (check.py).
 
 Imports nothing but layouts.py, since a saved sliced model carries copies of both.
 """
@@ -68,6 +69,13 @@ _PHI3: Names = _GATE_UP | {
     "attention_in": ("self_attn.qkv_proj",),
     "dropout": ("resid_attn_dropout", "resid_mlp_dropout"),
 }
+_TWO_OUTPUT_NORMS: Names = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_RAW_READERS: Names = _TWO_OUTPUT_NORMS | {"attention_norm": "", "mlp_norm": ""}
+_FOUR_NORMS: Names = _TWO_OUTPUT_NORMS | {"mlp_norm": "pre_feedforward_layernorm"}
+_GLM4: Names = _GATE_UP | {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
 _APERTUS: Names = _UP_ONLY | {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
 _OPT: Names = {
     "attention_norm": "self_attn_layer_norm",
@@ -163,6 +171,10 @@ FAMILIES: dict[str, Family] = {
         },
         norm_eps="eps",
     ),
+    # sequential, RMSNorm of what a branch writes
+    **dict.fromkeys(("gemma2", "gemma3_text"), decoder(names=_FOUR_NORMS, **_GEMMA_NORM)),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), decoder(names=_RAW_READERS)),
+    "glm4": decoder(names=_GLM4),
     # sequential, LayerNorm
     "opt": decoder(
         names=_OPT,
@@ -393,7 +405,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_OUTPUT_NORM = "it normalises a block's output before adding it, which slicing does not handle yet"
+_OUTPUT_NORM = "the norms of its branches' outputs are not of the kinds that slicing handles yet"
 _NORM_OF_SUM = "it normalises the sum of stream and branch, so its stream has no basis of its own"
 _ENCODER = "it is an encoder: a token sees those after it, or its layers normalise the sum of stream and branch"
 _COMPOSITE = "it is a model of text and other inputs: load its text model by itself"
@@ -405,12 +417,12 @@ _NAMES = "its layers hold norms, branches and sums in modules of their own, whic
 REFUSED: dict[str, str] = {
     name: reason
     for reason, names in {
-        _OUTPUT_NORM: "gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text olmo2 olmo3"
-        " olmo_hybrid flex_olmo glm4 exaone4 afmoe beam hyperclovax kolibri1 lfm3 axk1",
+        _OUTPUT_NORM: "gemma4 gemma4_text gemma4_unified gemma4_unified_text olmo_hybrid flex_olmo afmoe beam"
+        " hyperclovax kolibri1 lfm3 axk1",
         _NORM_OF_SUM: "openai-gpt xlnet git trocr",
         _ENCODER: "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
         " roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod",
-        _COMPOSITE: "emu3 fuyu got_ocr2 mllama moss_transcribe_diarize",
+        _COMPOSITE: "emu3 fuyu gemma3 got_ocr2 mllama moss_transcribe_diarize",
         _STREAMS: "deepseek_v4 hy_v4 gemma3n gemma3n_text qwen4_exp qwen4_exp_text",
         _AXES: "axk2 inkling_text rwkv",
         _STATES: "blt gemma4_assistant gemma4_unified_assistant inkling2_text inkling2_loop_text reformer zamba zamba2",

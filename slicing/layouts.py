@@ -12,7 +12,8 @@ from typing import Any
 
 Names = dict[str, Any]  # fields of a Block
 
-SHORTCUTS = ("embedding_projection", "attn_shortcut", "mlp_shortcut")  # the linear layers that only a sliced layer has
+# the linear layers that only a sliced layer has
+SHORTCUTS = ("embedding_projection", "attn_shortcut", "mlp_shortcut", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Block:
     """One layout of a decoder layer.
 
     A layer of one branch is parallel and has no attention or no MLP: there the names are empty, and both norms its one.
+    Where a branch reads the stream as it is, the name of its norm is empty.
     """
 
     attention: str  # the attention module
@@ -30,6 +32,8 @@ class Block:
     mlp_norm: str  # the attention's own where a parallel block has one norm for both
     mlp_in: tuple[str, ...]
     mlp_out: tuple[str, ...]  # several in a mixture of experts
+    attention_output_norm: str = ""  # an RMSNorm of what attention writes, before it is added to the stream
+    mlp_output_norm: str = ""
     parallel: bool | str = False  # or the layer's attribute that says so
     experts: bool = False  # the MLP's modules return the width that they read
     beside: tuple[str, ...] = ()  # modules that read what the MLP reads, and whose outputs are added to the MLP's
@@ -40,7 +44,8 @@ class Block:
 
     def paths(self) -> tuple[str, ...]:
         """Every module or parameter named here."""
-        modules = (self.attention, self.attention_norm, *self.mlp, *self.beside, self.mlp_norm)
+        norms = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
+        modules = (self.attention, *self.mlp, *self.beside, *norms)
         return tuple(path for path in (*modules, *self.readers(), *self.writers()) if path)
 
     def readers(self) -> tuple[str, ...]:
@@ -50,6 +55,18 @@ class Block:
     def writers(self) -> tuple[str, ...]:
         """The matrices that write to the stream."""
         return (*((self.attention_out,) if self.attention_out else ()), *self.mlp_out)
+
+    def norms(self) -> set[str]:
+        """The norms of the stream."""
+        return {self.attention_norm, self.mlp_norm} - {""}
+
+    def output_norms(self) -> set[str]:
+        """The norms of what the branches write."""
+        return {self.attention_output_norm, self.mlp_output_norm} - {""}
+
+    def output_norm(self, writer: str) -> str:
+        """The norm between a matrix that writes and the stream; empty where there is none."""
+        return self.mlp_output_norm if writer in self.mlp_out else self.attention_output_norm
 
 
 @dataclass(frozen=True)

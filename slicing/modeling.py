@@ -172,7 +172,10 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
             self._read(family, config, width)
             if not self.parallel:
                 resize(self, self.block.attention_out, width, writes=True)
+                rows = 0 if two_bases else _rows(width)
+                narrow_output_norm(self, self.block.attention_output_norm, family, width, rows)
         if self.next_width < hidden_size:
+            narrow_output_norm(self, self.block.mlp_output_norm, family, self.next_width, 0)
             if self.parallel and self.block.attention_out:
                 resize(self, self.block.attention_out, self.next_width, writes=True)
             for path in self.block.mlp_out:
@@ -184,7 +187,7 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
 
     def _read(self, family: Family, config: SlicedConfig, width: int) -> None:
         """Give the norms and the matrices that read the stream their width."""
-        for path in {self.block.attention_norm, self.block.mlp_norm}:
+        for path in self.block.norms():
             narrow_norm(self, path, family, width, config.hidden_size)
         for paths, inputs in ((self.block.attention_in, width), (self.block.mlp_in, self.mlp_width)):
             for path in paths:
@@ -205,21 +208,19 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
         if self.embedding_projection is not None:
             hidden_states = self.embedding_projection(hidden_states)
         stream = hidden_states
-        normed = part(self, self.block.attention_norm)(stream)
+        normed = normalised(self, self.block.attention_norm, stream)
         attention, weights = attention_branch(self, self.block, normed, args, kwargs)
         if not self.parallel:
             if self.attn_shortcut is not None:
                 stream = self.attn_shortcut(stream)
             stream = stream + attention
         if not self.parallel or self.block.mlp_norm != self.block.attention_norm:
-            normed = part(self, self.block.mlp_norm)(stream)
+            normed = normalised(self, self.block.mlp_norm, stream)
         if self.mlp_width > normed.shape[-1]:
             if self.block.constant:
                 normed = nn.functional.pad(normed, (0, 1), value=1.0)
             normed = nn.functional.pad(normed, (0, self.mlp_width - normed.shape[-1]))
-        mlp = mlp_branch(self, self.block, normed)
-        if self.block.experts:
-            mlp = mlp[..., : self.next_width]
+        mlp = mlp_branch(self, self.block, normed, self.next_width)
         if self.mlp_shortcut is not None:
             stream = self.mlp_shortcut(stream)
         stream = stream + attention + mlp if self.parallel else stream + mlp
@@ -456,6 +457,12 @@ def _arguments(dense: Any, attention: Any) -> Arguments:
     return positional, None if any_name else tuple(taken), next((name for name in _CACHES if name in taken), None)
 
 
+def normalised(layer: nn.Module, norm: str, stream: torch.Tensor) -> torch.Tensor:
+    """What a branch reads of the stream (B, S, d): by its norm, or the stream itself where it has none."""
+    normed: torch.Tensor = part(layer, norm)(stream) if norm else stream
+    return normed
+
+
 def attention_branch(
     layer: nn.Module, block: Block, normed: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, Any]:
@@ -474,11 +481,11 @@ def attention_branch(
         named["residual"] = normed.new_zeros(())
     output = part(layer, block.attention)(normed, **named)
     hidden, rest = (output[0], output[-1]) if isinstance(output, tuple) else (output, None)
-    return _added(layer, block, hidden, block.dropout[0]), rest
+    return _added(layer, block, hidden, block.attention_output_norm, block.dropout[0]), rest
 
 
-def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor) -> torch.Tensor:
-    """What the MLP adds to the stream (B, S, d), from the normalised stream."""
+def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """What the MLP adds to the stream (B, S, d), from the normalised stream; of experts the first `width` numbers."""
     if not block.mlp:
         return normed.new_zeros(())
     hidden = normed
@@ -488,7 +495,7 @@ def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor) -> torch.Te
     hidden = hidden.reshape(*normed.shape[:-1], hidden.shape[-1])  # some experts give (B * S, d)
     for path in block.beside:
         hidden = hidden + _first(part(layer, path)(normed))
-    return _added(layer, block, hidden, block.dropout[1])
+    return _added(layer, block, hidden[..., :width], block.mlp_output_norm, block.dropout[1])
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -496,7 +503,8 @@ def _first(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, dropout: str | None) -> torch.Tensor:
+def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, norm: str, dropout: str | None) -> torch.Tensor:
+    hidden = normalised(layer, norm, hidden)
     if dropout is not None and layer.training:
         chance = part(layer, dropout)
         hidden = chance(hidden) if isinstance(chance, nn.Module) else nn.functional.dropout(hidden, chance)
@@ -591,17 +599,58 @@ def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_
     it should be, and the constant sqrt(D / d) is in the matrices that read it.
     """
     norm = part(layer, path)
-    dense_eps = getattr(norm, family.norm_eps) if isinstance(family.norm_eps, str) else family.norm_eps
-    eps = dense_eps * hidden_size / width
+    eps = norm_eps(norm, family) * hidden_size / width
     like = next(layer.parameters())
     if family.layer_norm:
-        owner, _, name = path.rpartition(".")
-        sliced = nn.RMSNorm(width, eps=eps, dtype=like.dtype, device=like.device)
-        setattr(part(layer, owner) if owner else layer, name, sliced)
+        _put(layer, path, nn.RMSNorm(width, eps=eps, dtype=like.dtype, device=like.device))
     else:
         if getattr(norm, "weight", None) is not None:
             norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
         setattr(norm, str(family.norm_eps), eps)
+
+
+class OutputRMSNorm(nn.Module):
+    """An output norm of a branch that writes in a basis: y (..., d) -> y / sqrt(w y^2 + |T y|^2 + eps).
+
+    The dense branch writes a and adds g a / rms(a). Here g and the basis are in the matrix that writes y, and what
+    rms(a) is, one number a token, is told by weights w (d). Where the basis is another branch's choice a matrix T
+    (rows, d) tells most of it (output_norms.py).
+    """
+
+    def __init__(self, width: int, rows: int, eps: float, like: torch.Tensor) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(like.new_empty(width))
+        self.magnitude = nn.Linear(width, rows, bias=False, dtype=like.dtype, device=like.device) if rows else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., d) -> (..., d)"""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        square = (hidden.to(dtype).square() * self.weight.to(dtype).clamp_min(0)).sum(-1, keepdim=True)
+        if self.magnitude is not None:
+            square = square + self.magnitude(hidden).to(dtype).square().sum(-1, keepdim=True)
+        return (hidden * torch.rsqrt(square + self.eps)).to(hidden.dtype)
+
+
+def _rows(width: int) -> int:
+    """Of T, for a width: from a sixteenth on there is nothing to be gained, but in small models."""
+    return min(width, max(64, 8 * math.ceil(width / 16 / 8)))
+
+
+def narrow_output_norm(layer: nn.Module, path: str, family: Family, width: int, rows: int) -> None:
+    """Put an `OutputRMSNorm`, whose numbers are empty, in an output norm's place; nothing where the name is empty."""
+    if path:
+        _put(layer, path, OutputRMSNorm(width, rows, norm_eps(part(layer, path), family), next(layer.parameters())))
+
+
+def norm_eps(norm: nn.Module, family: Family) -> float:
+    """The eps of a dense norm."""
+    return float(getattr(norm, family.norm_eps)) if isinstance(family.norm_eps, str) else family.norm_eps
+
+
+def _put(layer: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(part(layer, owner) if owner else layer, name, module)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -18,6 +18,9 @@ class Basis(NamedTuple):
 
     decoder: torch.Tensor  # Q (D, d), fp64, orthonormal columns: readers get W Q, and |z| is |Q z|
     encoder: torch.Tensor  # E (D, d), fp64: writers get E^T W
+    # sum of n n^T (D, D), n = a / rms(a), of the attention and the MLP that write a here by way of an output norm
+    attention_outputs: torch.Tensor | None = None
+    mlp_outputs: torch.Tensor | None = None
 
     @property
     def width(self) -> int:

@@ -247,9 +247,15 @@ class ClosedForm:
 def check_tokens(
     model: PreTrainedModel, family: Family, tokens: int, widths: list[int], inner: list[int] | None, *, refit: bool
 ) -> None:
-    """InputError where the calibration has too few tokens for what is solved on them in some layer."""
+    """InputError where the calibration has too few tokens for what is solved on them in some layer, or where what a
+    layer's writers give isn't added up."""
     for index, layer in enumerate(part(model, family.layers)):
         block = find_block(layer, family)
+        if block.output_norms() and (refit or inner is not None):
+            raise InputError(
+                f"{'refit' if refit else 'inner widths'}: the layers of a {model.config.model_type!r} model norm what"
+                " their branches write, and writers are solved for what is added as it is: slice it without"
+            )
         sizes = {path: _inputs(layer, path) for path in block.writers()}
         kept = {} if inner is None else dict.fromkeys(inner_matrices(layer, block), inner[index])
         unknowns = max((kept[path] for path in kept if kept[path] < sizes[path]), default=0)

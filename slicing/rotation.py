@@ -74,7 +74,7 @@ def rotate_and_slice(
         if refit or slicer.inner is not None:
             plans = ClosedForm(model, slicer.family, stream, finder, rotations, refit, slicer.inner).plans()
         else:
-            plans = _with_following(find_bases(stream, model, slicer.family, rotations, finder))
+            plans = slicer.with_following(find_bases(stream, model, slicer.family, rotations, finder))
         del stream  # the pass lets go of the buffer
         return slicer.slice(plans, progress)
 
@@ -96,18 +96,7 @@ def slice_with_bases(
             full = width == model.config.hidden_size
             yield (None, None) if full else leading(bases, index, width, slicer.writer.device)
 
-    return slicer.slice(_with_following(chosen()), progress)
-
-
-def _with_following(pairs: Iterable[tuple[Basis | None, Basis | None]]) -> Iterator[LayerPlan]:
-    """Each layer's bases together with the next one's; the last layer writes in the model's own."""
-    before: tuple[Basis | None, Basis | None] | None = None
-    for pair in pairs:
-        if before is not None:
-            yield LayerPlan(*before, pair[0])
-        before = pair
-    assert before is not None
-    yield LayerPlan(*before, None)
+    return slicer.slice(slicer.with_following(chosen()), progress)
 
 
 class _Slicer:
@@ -147,6 +136,24 @@ class _Slicer:
             self.writer.write(self.layers[index], sliced_layers[index], plan)
         self.sliced.config.inner_widths = self.inner
         return self.sliced
+
+    def with_following(self, pairs: Iterable[tuple[Basis | None, Basis | None]]) -> Iterator[LayerPlan]:
+        """Each layer's bases, turned to suit output norms, together with the next one's; the last layer writes in the
+        model's own."""
+        before: tuple[Basis | None, Basis | None] | None = None
+        for index, pair in enumerate(pairs):
+            basis, middle = pair
+            if index > 0 and basis is not None:
+                basis = self.writer.turned(self.layers[index - 1], "mlp", basis)
+            if middle is pair[0]:
+                middle = basis
+            elif middle is not None:
+                middle = self.writer.turned(self.layers[index], "attention", middle)
+            if before is not None:
+                yield LayerPlan(*before, basis)
+            before = basis, middle
+        assert before is not None
+        yield LayerPlan(*before, None)
 
     def _write_embedding(self, basis: Basis | None, first: SlicedLayer) -> None:
         if basis is None:

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from slicing.families import Block, Family
-from slicing.modeling import SlicedLayer, bias_name, inner_matrices, input_axis, matrix, outputs_of, part, resize_inner
+from slicing.modeling import (
+    SlicedLayer,
+    bias_name,
+    find_block,
+    inner_matrices,
+    input_axis,
+    matrix,
+    outputs_of,
+    part,
+    resize_inner,
+)
+from slicing.output_norms import magnitude, turned
 from slicing.pca import Basis
 
 
@@ -56,7 +67,12 @@ class LayerWriter:
         for path in block.writers():
             attention = path == block.attention_out and not sliced.parallel
             padded = sliced.mlp_width if block.experts and path in block.mlp_out else 0
-            self._writer(dense, sliced, path, middle if attention else following, padded, solved)
+            target = self._scaled(dense, block.output_norm(path), middle if attention else following)
+            self._writer(dense, sliced, path, target, padded, solved)
+        if middle is not None:
+            self._output_norm(dense, sliced, block.attention_output_norm, middle, middle.attention_outputs)
+        if following is not None:
+            self._output_norm(dense, sliced, block.mlp_output_norm, following, following.mlp_outputs)
         if sliced.attn_shortcut is not None and basis is not None and middle is not None:
             shortcut = solved.shortcuts.get("attn_shortcut")
             fill(sliced.attn_shortcut.weight, middle.encoder.T @ basis.decoder if shortcut is None else shortcut)
@@ -76,8 +92,8 @@ class LayerWriter:
         """W diag(norm weight) Q sqrt(D / d): the norm's scale, the rotation and the sliced norm's constant."""
         if basis is None:
             return
-        norm: Any = part(dense, norm_path)
-        rotation = basis.decoder * math.sqrt(self.hidden_size / basis.width)
+        norm: Any = part(dense, norm_path) if norm_path else None
+        rotation = basis.decoder * (math.sqrt(self.hidden_size / basis.width) if norm_path else 1.0)
         if getattr(norm, "weight", None) is not None:
             rotation = rotation * (self.fp64(norm.weight) + self.family.norm_offset)[:, None]
         shift = getattr(norm, "bias", None)
@@ -96,6 +112,39 @@ class LayerWriter:
                     if shift is not None:
                         bias = bias + (wide @ self.fp64(shift) if axis == -1 else self.fp64(shift) @ wide)
                     fill(target.bias, bias)
+
+    def turned(self, dense: nn.Module, branch: str, basis: Basis) -> Basis:
+        """A basis, turned to suit the output norm of the branch ("attention" or "mlp") of a dense layer that writes in
+        it, where there is one."""
+        outputs: torch.Tensor | None = getattr(basis, f"{branch}_outputs")
+        if outputs is None:
+            return basis
+        norm = getattr(find_block(dense, self.family), f"{branch}_output_norm")
+        return turned(basis, self.fp64(outputs), self._scale(dense, norm))
+
+    def _scale(self, dense: nn.Module, norm_path: str) -> torch.Tensor:
+        weight: torch.Tensor = part(dense, norm_path).weight
+        return self.fp64(weight) + self.family.norm_offset
+
+    def _scaled(self, dense: nn.Module, norm_path: str, basis: Basis | None) -> Basis | None:
+        """The basis with diag(norm weight) E for an encoder, where there is an output norm."""
+        if basis is None or not norm_path:
+            return basis
+        return basis._replace(encoder=self._scale(dense, norm_path)[:, None] * basis.encoder)
+
+    def _output_norm(
+        self, dense: nn.Module, sliced: nn.Module, norm_path: str, basis: Basis, outputs: torch.Tensor | None
+    ) -> None:
+        if not norm_path:
+            return
+        assert outputs is not None
+        target = part(sliced, norm_path)
+        rows = 0 if target.magnitude is None else target.magnitude.out_features
+        encoder = self._scale(dense, norm_path)[:, None] * basis.encoder
+        form, rest = magnitude(self.fp64(outputs), encoder, rows)
+        if rows:
+            fill(target.magnitude.weight, form)
+        fill(target.weight, rest)
 
     def _writer(
         self, dense: nn.Module, sliced: nn.Module, path: str, basis: Basis | None, width: int, solved: Solved
@@ -187,6 +236,6 @@ def gained_biases(layer: nn.Module, block: Block) -> list[str]:
     gained: list[str] = []
     mlp_in = () if block.constant else block.mlp_in
     for norm, paths in ((block.attention_norm, block.attention_in), (block.mlp_norm, mlp_in)):
-        if getattr(part(layer, norm), "bias", None) is not None:
+        if norm and getattr(part(layer, norm), "bias", None) is not None:
             gained += [path for path in paths if part(layer, path).bias is None]
     return gained

@@ -123,6 +123,8 @@ def _kind(model: PreTrainedModel, family: Any) -> str:
         kinds.append("two mixers")
     if any(block.experts for block in blocks):
         kinds.append("experts")
+    if any(block.output_norms() for block in blocks):
+        kinds.append("norms behind both")
     return ", ".join(kinds)
 
 

@@ -54,6 +54,22 @@ BROKEN = {
     "no mixture of experts": broken("mixtral", {"experts": False}),
     "sequential where it is parallel": broken("gptj", {"parallel": False}),
     "parallel where it is sequential": broken("llama", {"parallel": True}),
+    "output norm of attention forgotten": broken("gemma3_text", {"attention_output_norm": ""}),
+    "output norm of the MLP forgotten": broken("olmo2", {"mlp_output_norm": ""}),
+    "output norms swapped": broken(
+        "olmo2",
+        {"attention_output_norm": "post_feedforward_layernorm", "mlp_output_norm": "post_attention_layernorm"},
+    ),
+    "output norms taken for norms": broken(
+        "olmo2",
+        {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+        | {"attention_output_norm": "", "mlp_output_norm": ""},
+    ),
+    "output norm taken for the MLP's norm": broken(
+        "gemma3_text",
+        {"mlp_norm": "post_attention_layernorm", "attention_output_norm": "pre_feedforward_layernorm"},
+    ),
+    "norm forgotten": broken("llama", {"attention_norm": ""}),
     "RMSNorm taken for LayerNorm": broken("llama", layer_norm=True),
     "LayerNorm taken for RMSNorm": broken("opt", layer_norm=False),
     "LayerNorm without parameters taken for RMSNorm": broken("olmo", layer_norm=False),

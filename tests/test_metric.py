@@ -54,7 +54,7 @@ def autograd_sums(case: str, ids: torch.Tensor) -> tuple[list[torch.Tensor], lis
         block = find_block(layer, family)
         layer.register_forward_pre_hook(note(inputs), with_kwargs=True)
         if not is_parallel(layer, block):
-            part(layer, block.mlp_norm).register_forward_pre_hook(note(middles), with_kwargs=True)
+            part(layer, block.mlp_norm or block.mlp[0]).register_forward_pre_hook(note(middles), with_kwargs=True)
     found = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     nn.functional.cross_entropy(found.float(), ids[:, 1:].flatten(), reduction="sum").backward()
 

@@ -11,6 +11,7 @@ from tiny_models import (
     layer_norm,
     live_in,
     logits,
+    output_norms,
     random_model,
     relative_error,
     subspace,
@@ -27,7 +28,7 @@ from slicing.rotation import rotate_and_slice
 RANK = 20
 NARROW = [32, 40, 24]
 MANY = windows(60)  # more than three tokens for each unknown of the widest MLP
-every_case = pytest.mark.parametrize("case", CASES)
+every_case = pytest.mark.parametrize("case", [case for case in CASES if not output_norms(case)])
 
 
 @every_case

@@ -20,6 +20,7 @@ from tiny_models import (
     live_in,
     logits,
     output_axis,
+    output_norms,
     random_model,
     relative_error,
     subspace,
@@ -90,11 +91,6 @@ def narrow(case: str, tied: bool = False, rotations: int = 2) -> SlicedForCausal
 def sliced_layers(sliced: SlicedForCausalLM) -> list[SlicedLayer]:
     """Its decoder layers."""
     return list(part(sliced, FAMILIES[sliced.config.dense_model_type].layers))
-
-
-def norms(layer: SlicedLayer) -> set[str]:
-    """The paths of its norms."""
-    return {layer.block.attention_norm, layer.block.mlp_norm}
 
 
 def narrow_layers(sliced: SlicedForCausalLM) -> Iterator[tuple[SlicedLayer, int, int]]:
@@ -252,8 +248,11 @@ def test_parameters_of_a_sliced_model_are_those_of_the_formula(case, rotations, 
                 change += new - HIDDEN
             if path in sliced.config.gained_biases:
                 change += other_side
-        for path in norms(layer):
+        for path in layer.block.norms():
             change += width - sum(parameter.numel() for parameter in part(dense, path).parameters())
+        if layer.block.output_norms():
+            change += width - HIDDEN + following - HIDDEN
+            change += width * width if rotations == 1 else 0  # T has as many rows as columns here
         change += width * following  # mlp shortcut
         change += width * width if rotations == 2 and case not in PARALLEL else 0  # attention shortcut
     assert count_parameters(sliced) == count_parameters(model) + change
@@ -316,13 +315,13 @@ def test_a_shortcut_stands_only_where_a_basis_changes(case):
     assert [layer.attn_shortcut is not None for layer in layers] == [False, False, case not in PARALLEL]
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if not output_norms(case)])  # estimated in what is sliced
 def test_each_layer_reads_the_principal_components_of_its_own_sliced_stream(case):
     sliced = narrow(case)
     streams: dict[tuple[int, str], torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(sliced_layers(sliced)):
-        for path in norms(layer):
+        for path in layer.block.norms():
 
             def hook(_: nn.Module, args: Any, key: tuple[int, str] = (index, path)) -> None:
                 streams[key] = args[0].flatten(0, 1)
@@ -375,9 +374,9 @@ def test_a_sliced_norm_has_weight_exactly_1_in_bf16_too(case):
 def check_norms(case: str, model: PreTrainedModel, sliced: SlicedForCausalLM) -> None:
     family = family_of(case)
     for dense, (layer, width, _) in zip(part(model, family.layers), narrow_layers(sliced), strict=True):
-        for path in norms(layer):
+        for path in layer.block.norms():
             norm = part(layer, path)
-            applied = torch.zeros if case == "gemma" else torch.ones  # Gemma adds 1
+            applied = torch.zeros if family.norm_offset else torch.ones  # Gemma adds 1
             assert torch.equal(norm.weight, applied(width, dtype=model.dtype))
             assert getattr(norm, "bias", None) is None
             assert type(norm) is (nn.RMSNorm if family.layer_norm else type(part(dense, path)))
@@ -390,12 +389,13 @@ def eps_of(norm: nn.Module) -> float:
     return found
 
 
-@pytest.mark.parametrize("case", LAYER_NORM_CASES)
+@pytest.mark.parametrize("case", [*LAYER_NORM_CASES, "gemma3_text", "olmo2"])
 def test_a_layer_of_full_width_keeps_its_norms(case):
     model, _ = full_rank(case)
     layer = sliced_layers(rotate_and_slice(model, windows(2), [RANK, HIDDEN, RANK]))[1]
     dense = part(model, family_of(case).layers)[1]
-    for path in norms(layer):
+    kept = layer.block.norms() | layer.block.output_norms() - {layer.block.mlp_output_norm}
+    for path in kept:
         assert type(part(layer, path)) is type(part(dense, path))
         for name, parameter in part(dense, path).named_parameters():
             assert part(layer, f"{path}.{name}").data_ptr() == parameter.data_ptr()

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import errors
 from tiny_runs import REPOSITORY, TASKS, write_model, write_text
 from torch.nn import functional as F
-from transformers import BertConfig, Gemma2Config, PreTrainedModel, T5Config
+from transformers import BertConfig, OpenAIGPTConfig, PreTrainedModel, T5Config
 
 import calculate_LR
 import mean_cut_accuracy_experiments as sweep
@@ -525,8 +525,8 @@ def test_an_unknown_family_is_refused(refused, spoilt):
 
 
 def test_a_family_that_no_rotation_fits_is_refused_with_the_reason(refused, spoilt):
-    Gemma2Config(num_hidden_layers=LAYERS).save_pretrained(spoilt)
-    with_model(sweep, str(spoilt), refused, "can't slice 'gemma2': it normalises a block's output before adding it")
+    OpenAIGPTConfig(n_layer=LAYERS).save_pretrained(spoilt)
+    with_model(sweep, str(spoilt), refused, "can't slice 'openai-gpt': it normalises the sum of stream and branch")
 
 
 def test_tokens_of_tasks_outside_the_vocabulary_are_refused(refused, spoilt):

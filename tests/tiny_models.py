@@ -68,6 +68,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("qwen3_moe", _MOE | {"head_dim": 16}),
+    "gemma3_text": ("gemma3_text", _LLAMA | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "olmo2": ("olmo2", _LLAMA),
 }
 
 _DENSE_EXPERTS = {  # layer 0 has no experts
@@ -187,6 +189,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "codegen": ("codegen", _GPT | {"rotary_dim": 4}),
     "cohere_compass_text": ("cohere_compass_text", _LLAMA | {"rope_parameters": _ROPES}),
+    # output norms
+    "gemma2": ("gemma2", _LLAMA | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    **{name: (name, _LLAMA | {"head_dim": 12}) for name in ("olmo3", "exaone4", "glm4")},
     # mixture of experts
     **{name: (name, _MOE) for name in ("olmoe", "mellum")},
     "minimax_m2": ("minimax_m2", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -314,6 +319,11 @@ def family_of(case: str) -> Family:
     return FAMILIES[ALL[case][0]]
 
 
+def output_norms(case: str) -> bool:
+    """Whether the case's family norms what a branch writes."""
+    return any(block.output_norms() for block in family_of(case).blocks)
+
+
 def layer_norm(case: str) -> bool:
     """Whether the case's family has LayerNorm."""
     return family_of(case).layer_norm
@@ -352,9 +362,10 @@ def live_in(model: PreTrainedModel, subspace: torch.Tensor) -> None:
     family = FAMILIES[model.config.model_type]
     projection = subspace @ subspace.T  # (D, D)
 
-    def project(parameter: torch.Tensor, axis: int) -> None:
-        wide = parameter.data.double()
-        parameter.data = (projection @ wide if axis == -2 else wide @ projection).to(parameter.dtype)
+    def project(parameter: torch.Tensor, axis: int, scale: torch.Tensor | float = 1.0) -> None:
+        wide = parameter.data.double()  # scale: what is behind an output norm's weight lives in the subspace
+        narrow = (wide.mT if axis == -2 else wide) * scale @ projection / scale
+        parameter.data = (narrow.mT if axis == -2 else narrow).to(parameter.dtype)
 
     for path in family.tables:
         project(part(model, path).weight, -1)
@@ -368,9 +379,11 @@ def live_in(model: PreTrainedModel, subspace: torch.Tensor) -> None:
         block = find_block(layer, family)
         for path in block.writers():
             owner, name = matrix(layer, path)
-            project(getattr(owner, name), output_axis(owner))
+            norm = block.output_norm(path)
+            scale = part(layer, norm).weight.data.double() + family.norm_offset if norm else 1.0
+            project(getattr(owner, name), output_axis(owner), scale)
             if getattr(owner, bias_name(name), None) is not None:
-                project(getattr(owner, bias_name(name)), -1)
+                project(getattr(owner, bias_name(name)), -1, scale)
 
 
 def output_axis(owner: torch.nn.Module) -> int:
