@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from slicing.batches import body_of, check_token_ids, check_weights, evaluation_mode, in_batches, input_device, is_gpu
+from slicing.batches import (
+    body_of,
+    broken_weight,
+    check_token_ids,
+    check_weights,
+    evaluation_mode,
+    in_batches,
+    input_device,
+    is_gpu,
+)
 from slicing.causality import SEEDS, check_causal, trial_logits, trial_tokens
 from slicing.families import InputError
 
@@ -71,9 +80,11 @@ def window_nll(
     nll = torch.cat(batches).cpu().double().mean(dim=1)  # (N, S - 1) -> (N,)
     bad = (~nll.isfinite()).nonzero().flatten().tolist()
     if bad:
+        name = broken_weight(model)
+        weights = "check the model's weights" if name is None else f"another copy of the model: its {name} are not"
         raise InputError(
             f"window {bad[0]} has a negative log likelihood of {nll[bad[0]].item()} ({len(bad)} of {len(nll)} windows "
-            f"are not finite) with {model.dtype}: use float32 or bfloat16, and check the model's weights"
+            f"are not finite) with {model.dtype}: use float32 or bfloat16, and {weights}"
         )
     check_weights(model)  # that the numbers are finite does not tell
     return nll
