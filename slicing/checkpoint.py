@@ -71,13 +71,19 @@ def check_files(folder: Path, *, chosen: str | None = None) -> None:
         log.warning("%s: %s is read, not %s", folder, ", ".join(sorted(listed)[:3]), ", ".join(others[:3]))
 
 
-def check_used(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> None:
+def check_used(name: str, model: "PreTrainedModel", info: dict[str, Any], *, composite: str | None = None) -> None:
     """Refuse a model that its checkpoint does not fill, or fills with a part of what belongs to it.
 
-    info: what `from_pretrained` found. Tensors that lie beside the text model (another head, a vision tower, layers
-    that predict more than one token) are told on stderr; buffers that newer versions compute are passed over.
+    info: what `from_pretrained` found. composite: the model_type of the whole that this is the text model of. Tensors
+    that lie beside the text model (another head, a vision tower, layers that predict more than one token) are told on
+    stderr; buffers that newer versions compute are passed over.
     """
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key[0]) for key in info["mismatched_keys"])
+    if composite is not None and missing:
+        raise InputError(
+            f"the text model of {name!r} ({composite}) can't be loaded by itself: {len(missing)} of its tensors, such"
+            f" as {missing[0]!r}, have other names in the checkpoint; save it as a model of its own"
+        )
     if missing or mismatched:
         wrong = f"{len(missing)} tensors missing, {len(mismatched)} of another shape than config.json says"
         raise InputError(f"the weights of {name!r} are damaged: {wrong}, such as {(missing + mismatched)[0]!r}")
@@ -88,13 +94,19 @@ def check_used(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> Non
             f"the weights of {name!r} are quantised, though config.json does not say so: {len(scales)} tensors say how"
             f" others are to be scaled, such as {scales[0]!r}; slice the original and quantise the result"
         )
-    if parts := [key for key in left if _belongs(model, key)]:
+    if parts := [key for key in left if _belongs(model, key, composite is not None)]:
         layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         raise InputError(
             f"{len(parts)} tensors of {name!r} are not used, such as {parts[0]!r}: config.json describes another model"
             f" than the weights ({layers} layers, {type(model).__name__})"
         )
-    if left:
+    if composite is not None:
+        log.warning(
+            "%s is a %s: its text model is loaded alone, as a %s; what sees or hears (%d tensors) is left out, and what"
+            " is measured and saved takes text only",
+            name, composite, model.config.model_type, len(left),
+        )  # fmt: skip
+    elif left:
         log.warning("%s: %d tensors of the checkpoint are not used, such as %s", name, len(left), left[0])
 
 
@@ -146,8 +158,9 @@ def _tied_head(model: "PreTrainedModel") -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if module is head}
 
 
-def _belongs(model: "PreTrainedModel", key: str) -> bool:
-    """Whether a tensor is one of the model's modules', of its layers', or of another part of its body."""
+def _belongs(model: "PreTrainedModel", key: str, composite: bool) -> bool:
+    """Whether a tensor is one of the model's modules', of its layers', or of another part of its body; of a composite's
+    body much is beside its text model."""
     from torch.nn import ModuleList
 
     prefix = f"{model.base_model_prefix}."
@@ -162,7 +175,7 @@ def _belongs(model: "PreTrainedModel", key: str) -> bool:
         owner = name.rpartition(".")[0]
         if owner in modules and modules[owner] is not model and modules[owner] is not body:
             return True
-    return key.startswith(prefix) and body is not model and not _BESIDE.search(key)
+    return not composite and key.startswith(prefix) and body is not model and not _BESIDE.search(key)
 
 
 def _predicts_more(model: "PreTrainedModel", layers: int, index: int) -> bool:

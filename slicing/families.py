@@ -408,7 +408,7 @@ FAMILIES: dict[str, Family] = {
 _OUTPUT_NORM = "the norms of its branches' outputs are not of the kinds that slicing handles yet"
 _NORM_OF_SUM = "it normalises the sum of stream and branch, so its stream has no basis of its own"
 _ENCODER = "it is an encoder: a token sees those after it, or its layers normalise the sum of stream and branch"
-_COMPOSITE = "it is a model of text and other inputs: load its text model by itself"
+_COMPOSITE = "it is a model of text and other inputs: load its text model by itself, as load_model does where it can"
 _STREAMS = "its stream is several ones, which its layers mix"
 _AXES = "it works on single axes of the stream, which a rotation mixes"
 _STATES = "its layers read more than the stream of the layer before"
@@ -422,7 +422,7 @@ REFUSED: dict[str, str] = {
         _NORM_OF_SUM: "openai-gpt xlnet git trocr",
         _ENCODER: "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
         " roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod",
-        _COMPOSITE: "emu3 fuyu gemma3 got_ocr2 mllama moss_transcribe_diarize",
+        _COMPOSITE: "emu3 fuyu mllama",
         _STREAMS: "deepseek_v4 hy_v4 gemma3n gemma3n_text qwen4_exp qwen4_exp_text",
         _AXES: "axk2 inkling_text rwkv",
         _STATES: "blt gemma4_assistant gemma4_unified_assistant inkling2_text inkling2_loop_text reformer zamba zamba2",
@@ -451,7 +451,9 @@ def find_family(config: Any) -> Family:
     if model_type in REFUSED:
         raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise InputError(f"can't slice {model_type!r}: it is none of the {len(FAMILIES)} model types in families.py")
+        composite = hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config
+        why = _COMPOSITE if composite else f"it is none of the {len(FAMILIES)} model types in families.py"
+        raise InputError(f"can't slice {model_type!r}: {why}")
     family = FAMILIES[model_type]
     if reason := family.refuse(config):
         raise InputError(f"can't slice this {model_type!r} model: {reason}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slicing.checkpoint import check_files, check_used
+from slicing.composites import text_model, text_names
 from slicing.families import InputError
 from slicing.files import local_path
 from slicing.hub import check_no_adapter, why
@@ -80,6 +81,13 @@ def load_config(
             was not asked for, an encoder-decoder, a quantised model, a config that its model's class does not take, a
             dtype "auto" that nothing is computed in, the demo's package not installed.
     """
+    return _load_config(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)[0]
+
+
+def _load_config(
+    name: str, *, dtype: str | torch.dtype, revision: str | None, trust_remote_code: bool
+) -> "tuple[PretrainedConfig, str | None]":
+    """The config, and the model_type of the composite whose text model it is of."""
     _register_sliced()
     folder, gguf = _place(name)
     if gguf is not None:
@@ -90,6 +98,9 @@ def load_config(
         raise InputError(f"the model {name!r} ({config.model_type}) is an encoder-decoder; only decoders can be sliced")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"the model {name!r} is quantised already; slice the original and quantise the result")
+    text = None if gguf is not None or _own_class(config) else text_model(config)
+    composite = None if text is None else config.model_type
+    config = text or config
     _put_aside_outputs(config)
     _check_builds(name, config, revision=revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config(decoder=True)
@@ -102,7 +113,7 @@ def load_config(
             f"the model {name!r} can't be used: config.json says dtype {str(stored).removeprefix('torch.')}, in which"
             f" nothing is computed; choose --dtype {', '.join(DTYPES)}"
         )
-    return config
+    return config, composite
 
 
 def load_tokenizer(
@@ -128,7 +139,8 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal language model in eval mode on its device, and its tokenizer.
+    """A causal language model in eval mode on its device, and its tokenizer; of a model of text and pictures its text
+    model, which is told on stderr.
 
     Args:
         name: a name on the hub, a local folder (this project's sliced models need no remote code), the path of a
@@ -145,7 +157,7 @@ def load_model(
     place, wanted = resolve_device(device), resolve_dtype(dtype)
     if place.type == "mps" and wanted == torch.float64:
         raise InputError("the device 'mps' has no float64; use another dtype or the device 'cpu'")
-    config = load_config(name, dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
+    config, composite = _load_config(name, dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
     folder, gguf = _place(name)
     options: dict[str, Any]
     if gguf is not None:
@@ -161,8 +173,10 @@ def load_model(
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
+    if composite is not None:
+        options["key_mapping"] = text_names(config)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model = _read_weights(name, folder, config, options)
+    model = _read_weights(name, folder, config, options, composite)
     if gguf is not None:  # the weights are plain now, and Transformers saves no model that says it is quantised
         del model.config.quantization_config
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -262,7 +276,9 @@ def _gguf_config(name: str, folder: str, gguf: str) -> "PretrainedConfig":
     return _auto_config(name, folder, gguf_file=gguf)
 
 
-def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: dict[str, Any]) -> "PreTrainedModel":
+def _read_weights(
+    name: str, folder: str, config: "PretrainedConfig", options: dict[str, Any], composite: str | None
+) -> "PreTrainedModel":
     """The model; refused where the checkpoint doesn't fit it, since Transformers only warns and fills in noise."""
     from transformers import AutoModelForCausalLM
 
@@ -273,7 +289,7 @@ def _read_weights(name: str, folder: str, config: "PretrainedConfig", options: d
             )
     except Exception as error:  # damaged files, a full memory, code of any family
         raise InputError(why(f"the weights of {name!r} can't be read", error)) from error
-    check_used(name, model, info)
+    check_used(name, model, info, composite=composite)
     own, stock = _own_class(config), type(model)
     if own and stock.__module__.startswith("transformers.models."):
         log.warning("%s has code of its own (%s), which is not run, but Transformers' %s", name, own, stock.__name__)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from test_composites import COMPOSITES
 from tiny_models import (
     ALL,
     layer_norm,
@@ -29,6 +30,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slicing.composites import text_model
 from slicing.families import FAMILIES, InputError, find_family
 from slicing.modeling import SlicedForCausalLM, find_block, is_parallel, part
 from slicing.rotation import rotate_and_slice
@@ -62,6 +64,11 @@ Refused:
 | model type | reason |
 |---|---|
 {refused}
+
+Of models of text and pictures (or video, or sound) `load_model` and both commands load the text model as a causal LM,
+and a line on stderr says what is left out. `tests/test_composites.py` does so with {composites}: the
+logits of a text are those of the whole model, bit for bit. Others load in the same way, or are refused in one line
+where their checkpoint names its text model in another way.
 
 Experts return the width that they read, so the narrower of the two is filled up with zeros: an expert layer between the
 widths d and d' has the parameters of max(d, d'), and in the last layer those of D. Where a family's body needs its
@@ -139,6 +146,8 @@ def row(model_type: str) -> tuple[bool, str]:
         config = AutoConfig.for_model(model_type)
     except Exception as error:  # a config of its own kind can want arguments: its row needs none
         config = _Named(model_type, error)
+    else:
+        config = text_model(config) or config
     try:
         family = find_family(config)
     except InputError as error:
@@ -195,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             count=count,
             rows="\n".join(rows[True]),
             refused="\n".join(rows[False]),
+            composites=", ".join(f"`{name}` (`{text}`)" for name, (text, _, _) in COMPOSITES.items()),
         )
         arguments.write.write_text(page, encoding="utf-8")
 
