@@ -65,17 +65,17 @@ def _room(folder: Path, limit: str, usage: str, cache: str) -> list[int]:
         return []
 
 
-def must_offload(model: PreTrainedModel, device: torch.device, calibration_tokens: int) -> bool:
+def must_offload(model: PreTrainedModel, device: torch.device, calibration_tokens: int, more: int = 0) -> bool:
     """Whether a model on the CPU, a sliced copy and the calibration's activations don't fit into a GPU together.
 
-    calibration_tokens 0: nothing is sliced, so there is no copy.
+    calibration_tokens 0: nothing is sliced, so there is no copy. more: bytes that slicing needs besides.
     """
     if device.type != "cuda":
         return False
     width = model.config.get_text_config().hidden_size
     activations: int = calibration_tokens * width * model.dtype.itemsize
     copies = 2 if calibration_tokens else 1
-    return copies * model_bytes(model) + activations + _HEADROOM > free_bytes(device)
+    return copies * model_bytes(model) + activations + more + _HEADROOM > free_bytes(device)
 
 
 @contextmanager

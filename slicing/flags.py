@@ -23,6 +23,7 @@ class Flag:
     default: in words, where the value doesn't say it. for_demo: the default with the demo model.
     low, high: the least and the greatest number that it takes. enters: of which keys its value is a part, "point" (the
     points' and the run's) or "run"; "" where it leaves the numbers as they are, or they have what it names by content.
+    added: later than the first keys, so it enters none where it has its default: those keys stay as they were.
     """
 
     help: str
@@ -35,6 +36,7 @@ class Flag:
     is_path: bool = False
     positional: bool = False
     enters: str = ""
+    added: bool = False
 
 
 def flag(value: Any = MISSING, **said: Any) -> Any:
@@ -71,7 +73,11 @@ def check_limits(options: Any) -> None:
 
 def values_for(options: Any, *keys: str) -> dict[str, Any]:
     """The options that enter one of these keys, by name."""
-    return {each.name: getattr(options, each.name) for each in _fields(type(options)) if said(each).enters in keys}
+    return {
+        each.name: getattr(options, each.name)
+        for each in _fields(type(options))
+        if said(each).enters in keys and not (said(each).added and getattr(options, each.name) == each.default)
+    }
 
 
 def table(options: type) -> list[str]:

@@ -5,10 +5,11 @@ leverage stay, as in MoDeGPT's MLP step: what the others compute is nearest to a
 """
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from slicing.families import Family, InputError
-from slicing.modeling import find_block, inner_matrices, part
+from slicing.families import Block, Family, InputError
+from slicing.modeling import find_block, inner_matrices, matrix, part
 from slicing.regression import ridge_solve
 
 _DAMPING = 1e-2  # of the mean of the diagonal, in the leverage
@@ -27,10 +28,25 @@ def inner_sizes(model: PreTrainedModel, family: Family) -> list[int]:
             found = {width for width, _ in inner_matrices(layer, block).values()}
         except ValueError as error:
             raise InputError(f"the inner width of layer {index} can't be cut: {error}") from error
+        beside = _beside(layer, block, found)
+        if beside is not None:
+            raise InputError(f"the inner width of layer {index} can't be cut: {beside} goes over its neurons too")
         if len(found) != 1:
             raise InputError(f"the MLP of layer {index} has several inner widths, {sorted(found)}: they can't be cut")
         sizes.append(found.pop())
     return sizes
+
+
+def _beside(layer: nn.Module, block: Block, sizes: set[int]) -> str | None:
+    """A parameter of the MLP that is as long as its inner width, and no reader's or writer's own."""
+    own = {
+        id(parameter) for path in (*block.mlp_in, *block.mlp_out) for parameter in matrix(layer, path)[0].parameters()
+    }
+    for path in block.mlp:
+        for name, parameter in part(layer, path).named_parameters():
+            if id(parameter) not in own and sizes & set(parameter.shape):
+                return f"{path}.{name}"
+    return None
 
 
 def check_inner_widths(model: PreTrainedModel, family: Family, widths: list[int] | None) -> list[int] | None:

@@ -174,10 +174,14 @@ def check_sliceable(model: PreTrainedModel, *, device: torch.device | None = Non
     _Slicer(model, widths, 1, device)
 
 
-def sliced_parameters(model: PreTrainedModel, widths: list[int], rotations: int) -> int:
+def sliced_parameters(
+    model: PreTrainedModel, widths: list[int], rotations: int, inner_widths: list[int] | None = None
+) -> int:
     """How many parameters the model has once it is sliced to these widths; nothing is calibrated or allocated."""
+    config = _sliced_config(model, find_family(model.config), widths, rotations)
+    config.inner_widths = inner_widths
     with torch.device("meta"):
-        return count_parameters(SlicedForCausalLM(_sliced_config(model, find_family(model.config), widths, rotations)))
+        return count_parameters(SlicedForCausalLM(config))
 
 
 def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:

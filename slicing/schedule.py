@@ -123,6 +123,40 @@ def slice_widths(slices: Iterable[float], hidden_size: int, *, multiple: int = 8
     return widths
 
 
+def inner_widths(
+    redundancy: Sequence[float], sizes: Sequence[int], *, mean: float, base: float, multiple: int = 8
+) -> list[int]:
+    """Inner width of each layer's MLP (length L) by the same schedule, `sizes` being the model's own (0: no MLP).
+
+    FS as of the hidden size, over the layers that have an MLP; layers of one size are rounded together, as
+    `slice_widths` does. Raises InputError as both do, and where no layer has an MLP.
+    """
+    having = [i for i, size in enumerate(sizes) if size]
+    if not having:
+        raise InputError("no layer of the model has an MLP whose inner width could be cut")
+    limit = highest_inner_cut(sizes, multiple)
+    slices = dict(
+        zip(having, final_slices([redundancy[i] for i in having], mean=mean, base=base, limit=limit), strict=True)
+    )
+    widths = list(sizes)
+    for size in {sizes[i] for i in having}:
+        group = [i for i in having if sizes[i] == size]
+        found = slice_widths([slices[i] for i in group], size, multiple=multiple)
+        for i, width in zip(group, found, strict=True):
+            widths[i] = width
+    return widths
+
+
+def highest_inner_cut(sizes: Iterable[int], multiple: int) -> float:
+    """The largest part of its inner width that a layer may lose. InputError where the smallest is no multiple long."""
+    smallest = min(size for size in sizes if size)
+    if multiple > smallest:
+        raise InputError(
+            f"widths in multiples of {multiple}: at most {smallest}, the smallest inner width, is possible"
+        )
+    return 1 - multiple / smallest
+
+
 def sweep_amounts(mean: float, step: float) -> list[float]:
     """Amounts SP - SB of a sweep, rising: k * step below the mean, for k = 0, 1, ..., then the mean itself (SB = 0).
 

@@ -25,6 +25,7 @@ from slicing.files import new_folder
 from slicing.flags import values_for
 from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
+from slicing.metric import GRADIENT_WINDOWS
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import check_sliceable, rotate_and_slice, slice_with_bases
@@ -55,12 +56,26 @@ class Bench:
         self._content = self._model_content()  # while the weights are on the CPU
         self.test_windows, self.calibration_windows = checked.test_windows, checked.calibration_windows
         calibration_tokens = 0 if self.calibration_windows is None else self.calibration_windows.numel()
-        if not (options.offload or must_offload(self.model, device, calibration_tokens)):
+        if not (options.offload or must_offload(self.model, device, calibration_tokens, self._solving_bytes())):
             self.model.to(device)
         self._bases: Bases | None = None
         self._git = identity.git_commit()
 
     # ---- what numbers depend on
+
+    def _solving_bytes(self) -> int:
+        """What the gradient metric, or the refit and a cut of the inner width, hold on the device: layers' inputs of
+        the gradient windows, or a second stream and some matrices over all that a layer's writers read."""
+        options, config = self.options, self.checked.config.get_text_config()
+        size, found = int(config.hidden_size), 0
+        if options.metric == "gradient":
+            tokens = min(options.calibration_samples, GRADIENT_WINDOWS) * options.calibration_length
+            found = config.num_hidden_layers * (tokens * size * self.model.dtype.itemsize + 8 * size**2)
+        if options.refit or options.inner_mean:
+            inputs = size + int(getattr(config, "intermediate_size", None) or 4 * size)
+            tokens = options.calibration_samples * options.calibration_length
+            found = max(found, 2 * tokens * size * self.model.dtype.itemsize + 4 * 8 * inputs**2)
+        return found
 
     def header(self) -> Results:
         """Results without points: what they all depend on."""
@@ -121,14 +136,25 @@ class Bench:
         return content_key(
             self._content
             | {
-                "target": asdict(target),
+                "target": {
+                    name: value
+                    for name, value in asdict(target).items()
+                    if value is not None or not name.startswith("inner_")  # keys from before there were inner widths
+                },
                 "rotations": self.options.rotations if sliced else None,
                 "options": values_for(self.options, "point"),
                 "tasks": self._tasks_content,
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),
             }
+            | (self._solving if sliced else {})
         )
+
+    @property
+    def _solving(self) -> dict[str, Any]:
+        """How the weights are found, where that is not the paper's way: keys of its points stay as they were."""
+        how = {"metric": (self.options.metric, "pca"), "refit": (self.options.refit, False)}
+        return {name: value for name, (value, plain) in how.items() if value != plain}
 
     def redundancy_key(self, windows: torch.Tensor) -> str:
         """The key of LR measured on windows (N, S)."""
@@ -175,12 +201,14 @@ class Bench:
         assert self.calibration_windows is not None
         how: dict[str, Any] = {
             "rotations": self.options.rotations,
+            "metric": self.options.metric,
             "batch_size": self.options.batch_size,
             "device": self.device,
             "progress": self.progress,
         }
         try:
             if target.calibration == "every-point":
+                how |= {"refit": self.options.refit, "inner_widths": target.inner_widths}
                 return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
             if self._bases is None:
                 self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
@@ -194,6 +222,7 @@ class Bench:
         """The folder of the results, where memory is short for the bases."""
         config = self.checked.config
         size = 4 * self.options.rotations * config.num_hidden_layers * config.hidden_size**2
+        size *= 1 if self.options.metric == "pca" else 2
         if 2 * size * self.processes < free_memory():
             return None
         return Path(self.options.output_dir)
@@ -237,6 +266,11 @@ class Bench:
             "slices": target.slices,
             "widths": target.widths,
             "rotations": None if target.widths is None else options.rotations,
+            "metric": None if target.widths is None else options.metric,
+            "refit": None if target.widths is None else options.refit,
+            "inner_mean": target.inner_mean,
+            "inner_base": target.inner_base,
+            "inner_widths": target.inner_widths,
             "calibration": target.calibration,
             "parameters": parameters,
             "cut": 1 - parameters / self._model_entry["parameters"],

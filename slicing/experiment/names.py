@@ -27,11 +27,12 @@ def text_name(source: str) -> str:
     return shown(next(filter(None, names), "text"))
 
 
-def run_name(model: str, text: str, mean: float, key: str) -> str:
+def run_name(model: str, text: str, mean: float, key: str, inner_mean: float = 0.0) -> str:
     """Name of a run's folder: what a person looks for, and the beginning of the run's key."""
     path = Path(model)
     short = short_model_name(str(path.resolve()) if path.name in ("", "..") else model)
-    return f"{_folder_name(short)}-{_folder_name(text_name(text))}-mean{mean:g}-{key[:8]}"
+    inner = f"-inner{inner_mean:g}" if inner_mean else ""
+    return f"{_folder_name(short)}-{_folder_name(text_name(text))}-mean{mean:g}{inner}-{key[:8]}"
 
 
 def _folder_name(name: str) -> str:

@@ -11,6 +11,8 @@ from slicing.schedule import (
     check_vector,
     difference,
     final_slices,
+    highest_inner_cut,
+    inner_widths,
     normalise,
     rounded_down,
     slice_widths,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from slicing.families import Family
     from slicing.task_set import TaskSet
 
 REDUNDANCY_WINDOWS, REDUNDANCY_LENGTH, REDUNDANCY_SPLIT = 128, 1024, "validation"  # where no vector is given
@@ -31,7 +34,17 @@ class Options:
     """The options of mean_cut_accuracy_experiments.py, a field a flag; written as they are into results.json."""
 
     model: str = flag(help="hub name, local folder, .gguf file, or demo; with --mean 0 also a sliced model's folder")
-    mean: float = flag(help="SP, the mean cut over the layers, in [0, 1); 0: evaluate only", enters="run")
+    mean: float = flag(
+        help="SP, the mean cut of the hidden size over the layers, in [0, 1); 0 leaves it alone: evaluate only, or cut"
+        " by --inner-mean",
+        enters="run",
+    )
+    inner_mean: float = flag(
+        0.0,
+        help="mean cut of the MLPs' inner width over the layers, in [0, 1), with the same SB / SP",
+        enters="run",
+        added=True,
+    )
     vector_cut: tuple[str, ...] | None = flag(
         None,
         help="LR of each layer, or the .json file that calculate_LR.py --output wrote",
@@ -62,6 +75,19 @@ class Options:
     )
     rotations: int = flag(
         2, help="bases per layer: 2, as in the paper, or 1, which is smaller", choices=(1, 2), enters="run"
+    )
+    metric: str = flag(
+        "pca",
+        help="what the bases keep: pca, the most variance, or gradient, what the loss depends on most",
+        choices=("pca", "gradient"),
+        enters="run",
+        added=True,
+    )
+    refit: bool = flag(
+        False,
+        help="solve the layers' writers anew by least squares, so that the sliced stream follows the dense one",
+        enters="run",
+        added=True,
     )
     calibration: str = flag(
         "every-point",
@@ -116,10 +142,16 @@ class Options:
     fresh: bool = flag(False, help="start over: forget the run's points and models, and take none over from other runs")
     quiet: bool = flag(False, help="show no progress bars")
 
+    @property
+    def swept(self) -> float:
+        """SP of the sweep: of the hidden size, or of the inner width where that alone is cut; 0: nothing is sliced."""
+        return self.mean or self.inner_mean
+
 
 @dataclass(frozen=True)
 class Target:
-    """A point to be measured: `base` None is the dense model, else SB, with FS and widths (L)."""
+    """A point to be measured: `base` None is the dense model, else SB, with FS and widths (L); SP, SB and widths (L) of
+    the MLPs' neurons where these are cut. Where they alone are, `mean` and `base` are theirs too."""
 
     kind: str
     mean: float | None = None
@@ -127,6 +159,9 @@ class Target:
     slices: list[float] | None = None
     widths: list[int] | None = None
     calibration: str | None = None
+    inner_mean: float | None = None
+    inner_base: float | None = None
+    inner_widths: list[int] | None = None
 
     @property
     def amount(self) -> float | None:
@@ -142,6 +177,7 @@ class Checked:
     test_windows, calibration_windows, validation_windows, redundancy_windows: token ids (N, S) each, of what
         perplexity, slicing, --find-base and a vector that is not given are measured on; None where there is no need.
     notes: what a user should know before the run.
+    inner_sizes: inner width of each layer (L), where it is to be cut.
     """
 
     options: Options
@@ -154,6 +190,7 @@ class Checked:
     validation_windows: "torch.Tensor | None" = None
     redundancy_windows: "torch.Tensor | None" = None
     notes: tuple[str, ...] = ()
+    inner_sizes: tuple[int, ...] = ()
 
     @property
     def hidden_size(self) -> int:
@@ -163,15 +200,38 @@ class Checked:
     def target(
         self, mean: float, base: float, vector: list[float], *, kind: str = "sweep", calibration: str | None = None
     ) -> Target:
-        """The point with these SP and SB."""
-        multiple = self.options.round_interval
-        slices = final_slices(vector, mean=mean, base=base, limit=1 - multiple / self.hidden_size)
+        """The point with these SP and SB of the sweep; what else is cut has its own SP in proportion, and SB / SP."""
+        options, multiple = self.options, self.options.round_interval
+        calibration = calibration or options.calibration
+        stream, inner = (mean, base), (mean, base)
+        if options.mean:
+            part = options.inner_mean / options.mean
+            inner = mean * part, base * part
+            if mean == options.mean:  # as it was given, to the last digit
+                inner = options.inner_mean, options.inner_mean * (base / mean)
+        else:
+            stream = 0.0, 0.0
+        slices = final_slices(vector, mean=stream[0], base=stream[1], limit=1 - multiple / self.hidden_size)
         widths = slice_widths(slices, self.hidden_size, multiple=multiple)
-        return Target(kind, mean, base, slices, widths, calibration or self.options.calibration)
+        if not options.inner_mean:
+            return Target(kind, mean, base, slices, widths, calibration)
+        neurons = inner_widths(vector, self.inner_sizes, mean=inner[0], base=inner[1], multiple=multiple)
+        return Target(kind, mean, base, slices, widths, calibration, *inner, neurons)
+
+    def highest_mean(self) -> float:
+        """The largest SP of the sweep that all that is cut with it allows."""
+        options, multiple = self.options, self.options.round_interval
+        limits = []
+        if options.mean:
+            limits.append(1 - multiple / self.hidden_size)
+        if options.inner_mean:
+            part = options.inner_mean / options.swept
+            limits.append(highest_inner_cut(self.inner_sizes, multiple) / part)
+        return min(limits)
 
     def targets(self, vector: list[float] | None) -> list[Target]:
         """The dense model, constant slicing, and the further amounts up to the mean."""
-        mean = self.options.mean
+        mean = self.options.swept
         if mean == 0 or vector is None:
             return [Target("dense")]
         amounts = sweep_amounts(mean, self.options.step)
@@ -181,7 +241,8 @@ class Checked:
 def check(options: Options) -> Checked:
     """Raise InputError for whatever is wrong with the options, as far as it shows without the model's weights."""
     check_limits(options)
-    sweep_amounts(options.mean, options.step)
+    for mean in (options.mean, options.inner_mean):
+        sweep_amounts(mean, options.step)
     vector, source = (None, None) if options.vector_cut is None else read_vector(options.vector_cut)
     if vector is not None:
         check_vector(vector)
@@ -189,10 +250,29 @@ def check(options: Options) -> Checked:
         for flag in ("accuracy-limit", "num-fewshot", "include-path"):
             if getattr(options, flag.replace("-", "_")) is not None:
                 raise InputError(f"--{flag} says how --tasks are measured: give --tasks too, or leave it out")
-    if options.mean == 0:
-        for flag, wanted in (("find-base", False), ("compare", "none"), ("save-model", "none")):
+    if options.swept == 0:
+        sliced = (
+            ("find-base", False),
+            ("compare", "none"),
+            ("save-model", "none"),
+            ("metric", "pca"),
+            ("refit", False),
+        )
+        for flag, wanted in sliced:
             if getattr(options, flag.replace("-", "_")) != wanted:
                 raise InputError(f"--{flag} needs a mean above 0, got --mean 0: nothing is sliced at 0")
+    for flag, chosen in (("--refit", options.refit), ("--inner-mean", options.inner_mean > 0)):
+        if chosen and options.calibration == "once":
+            raise InputError(
+                f"{flag} needs --calibration every-point: it is solved on the sliced stream, which one calibration of"
+                " the dense model does not have"
+            )
+        if chosen and options.find_base:
+            raise InputError(f"{flag} can't be searched with --find-base, which goes by one calibration: sweep instead")
+    if options.metric == "gradient" and options.mean == 0 and options.inner_mean > 0:
+        raise InputError(
+            "--metric gradient is of the bases of the hidden size, which --mean 0 leaves alone: leave it out"
+        )
 
     from slicing.batches import check_token_ids
     from slicing.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
@@ -202,7 +282,7 @@ def check(options: Options) -> Checked:
     resolve_device(options.cuda_device)
     resolve_dtype(options.dtype)
     check_source(options.dataset, options.perplexity_split, options.text_column)
-    if options.mean > 0:
+    if options.swept > 0:
         check_source(options.dataset, "train", options.text_column)
         if vector is None:
             check_source(options.source_for_vector, REDUNDANCY_SPLIT, options.text_column)
@@ -213,14 +293,19 @@ def check(options: Options) -> Checked:
     config = load_config(options.model, dtype=options.dtype, **where)
     check_positions(config, "--perplexity-length", options.perplexity_length)
     given = vector
-    if options.mean > 0:
-        find_family(config)
+    sizes: tuple[int, ...] = ()
+    if options.swept > 0:
+        family = find_family(config)
         check_positions(config, "--calibration-length", options.calibration_length)
         limit = _highest_cut(options, int(config.hidden_size))
+        if options.inner_mean > 0:
+            sizes = _inner_sizes(options, config, family)
         if vector is not None:
             check_vector(vector, config.num_hidden_layers)
             vector = vector if (min(vector), max(vector)) == (0, 1) else normalise(vector)
             final_slices(vector, mean=options.mean, base=0.0, limit=limit)  # of all bases the one that can do least
+            if sizes:
+                inner_widths(vector, sizes, mean=options.inner_mean, base=0.0, multiple=options.round_interval)
     if tasks is not None:
         check_fewshot(tasks, options.num_fewshot)
 
@@ -245,7 +330,7 @@ def check(options: Options) -> Checked:
 
     test = windows(options.dataset, options.perplexity_split, length=options.perplexity_length)
     calibration = validation = redundancy = None
-    if options.mean > 0:
+    if options.swept > 0:
         calibration = windows(
             options.dataset, "train", length=options.calibration_length, count=options.calibration_samples
         )
@@ -264,12 +349,13 @@ def check(options: Options) -> Checked:
         notes.append(f"the vector was measured on {source['model']!r}, the model is {options.model!r}")
     if given is not None and vector != given:
         notes.append(f"the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]")
-    if options.mean > 0 and is_file(options.dataset) and "{split}" not in options.dataset:
+    if options.swept > 0 and is_file(options.dataset) and "{split}" not in options.dataset:
         notes.append(f"calibration and perplexity are on the same text: {options.dataset!r} has no '{{split}}' in it")
-    elif options.mean > 0 and options.perplexity_split == "train":
+    elif options.swept > 0 and options.perplexity_split == "train":
         notes.append("calibration and perplexity are on the same text: --perplexity-split is train")
     test = test[: options.perplexity_samples]
-    return Checked(options, config, vector, source, tasks, test, calibration, validation, redundancy, tuple(notes))
+    windows_of = (test, calibration, validation, redundancy)
+    return Checked(options, config, vector, source, tasks, *windows_of, tuple(notes), sizes)
 
 
 def _highest_cut(options: Options, hidden_size: int) -> float:
@@ -284,6 +370,31 @@ def _highest_cut(options: Options, hidden_size: int) -> float:
             f" keeps at least --round-interval {interval} of {hidden_size}"
         )
     return highest
+
+
+def _inner_sizes(options: Options, config: "PretrainedConfig", family: "Family") -> tuple[int, ...]:
+    """Inner width of each layer; InputError where the inner mean goes beyond what the interval leaves of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slicing.inner import inner_sizes
+
+    with torch.device("meta"):
+        sizes = tuple(inner_sizes(AutoModelForCausalLM.from_config(config), family))
+    if not any(sizes):
+        raise InputError("--inner-mean: no layer of the model has an MLP whose inner width could be cut")
+    smallest = min(filter(None, sizes))
+    if options.round_interval > smallest:
+        raise InputError(
+            f"--round-interval is {options.round_interval}: it must be at most {smallest}, the inner width"
+        )
+    highest = highest_inner_cut(sizes, options.round_interval)
+    if options.inner_mean > highest:
+        raise InputError(
+            f"--inner-mean is {options.inner_mean:g}: it must be at most {rounded_down(highest)}, since each MLP keeps"
+            f" at least --round-interval {options.round_interval} of {smallest} neurons"
+        )
+    return sizes
 
 
 def positions_of(config: "PretrainedConfig") -> int | None:

@@ -68,12 +68,20 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "points.key": ("str", "name of the point's file"),
     "points.git": ("str or null", "commit of this repository that measured the point"),
     "points.kind": ("str", " | ".join(KINDS)),
-    "points.mean": ("number or null", "SP; null for the dense model, as are the next six"),
+    "points.mean": (
+        "number or null",
+        "SP, of the inner widths where only they are cut; null for the dense model, as are the next six",
+    ),
     "points.base": ("number or null", "SB"),
     "points.amount": ("number or null", "SP - SB; 0 is constant slicing"),
     "points.slices": ("numbers or null", "FS of each layer (L)"),
     "points.widths": ("ints or null", "width of each layer (L)"),
     "points.rotations": ("int or null", "bases a layer, 1 or 2"),
+    "points.metric": ("str or null or absent", "of the bases: pca | gradient; points from before it are pca"),
+    "points.refit": ("bool or null or absent", "whether the writers were solved anew"),
+    "points.inner_mean": ("number or null or absent", "SP of the MLPs' inner widths; null where these are not cut"),
+    "points.inner_base": ("number or null or absent", "SB of the inner widths"),
+    "points.inner_widths": ("ints or null or absent", "inner width of each layer (L)"),
     "points.calibration": ("str or null", "every-point | once"),
     "points.parameters": ("int", "unique parameters, shortcuts and head included"),
     "points.cut": ("number", "1 - parameters / those of the dense model"),
@@ -95,6 +103,7 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "points.peak_memory_bytes": ("object", "highest memory by part, on one card; of the process so far on a CPU"),
     **{f"points.peak_memory_bytes.{part}": ("number or null", "null where unknown") for part in PARTS},
 }
+_ABSENT = " or absent"  # keys that points of earlier versions lack
 _OPEN = ("arguments", "points.tasks.*")  # objects with further keys of any name
 
 
@@ -137,7 +146,7 @@ def check_results(results: Results) -> None:
     for i, point in enumerate(results["points"]):
         if point["kind"] not in KINDS:
             raise InputError(f"points[{i}].kind is {point['kind']!r}: it must be one of {', '.join(KINDS)}")
-        lists += [(f"points[{i}].{key}", point[key], layers) for key in ("slices", "widths")]
+        lists += [(f"points[{i}].{key}", point.get(key), layers) for key in ("slices", "widths", "inner_widths")]
         lists += [(f"points[{i}].nll", point["nll"], windows)]
     for label, values, length in lists:
         if values is not None and len(values) != length:
@@ -167,6 +176,8 @@ def _check_object(value: dict[str, Any], key: str, label: str) -> None:
     """`key` is the object's name in the schema, `label` its place in the results: points.seconds, points[3].seconds."""
     children = {child.rpartition(".")[2] for child in RESULTS_SCHEMA if child.rpartition(".")[0] == key}
     for name in sorted(children - {"*"} - value.keys()):
+        if RESULTS_SCHEMA[f"{key}.{name}".lstrip(".")][0].endswith(_ABSENT):
+            continue
         raise InputError(f"{label}.{name} is missing".lstrip("."))
     for name, item in value.items():
         place = f"{label}.{name}".lstrip(".")
@@ -177,7 +188,7 @@ def _check_object(value: dict[str, Any], key: str, label: str) -> None:
 
 
 def _check_value(value: object, key: str, label: str) -> None:
-    kind = RESULTS_SCHEMA[key][0]
+    kind = RESULTS_SCHEMA[key][0].removesuffix(_ABSENT)
     if value is None and kind.endswith(" or null"):
         return
     if not _TYPES[kind.removesuffix(" or null")](value):

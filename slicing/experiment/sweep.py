@@ -48,7 +48,8 @@ class Experiment:
         self.progress = ranks.first and not self.options.quiet
         self.bench = Bench(checked, device, progress=self.progress, processes=ranks.count)
         key = ranks.from_first(self.bench.run_key() if ranks.first else "")
-        name = run_name(self.options.model, self.options.dataset, self.options.mean, key)
+        options = self.options
+        name = run_name(options.model, options.dataset, options.mean, key, options.inner_mean)
         if ranks.first:
             self.folder = RunFolder(Path(self.options.output_dir) / name, fresh=self.options.fresh)
         ranks.wait()
@@ -152,7 +153,7 @@ class Experiment:
 
     def _vector(self) -> list[float] | None:
         """LR (L), as given or as rank 0 measures it, noted in the results; None where nothing is sliced."""
-        if self.options.mean == 0:
+        if self.options.swept == 0:
             return None
         if self.checked.vector is None:
             found = self.ranks.from_first(self._measured_redundancy() if self.ranks.first else {})
@@ -210,16 +211,18 @@ class Experiment:
         best = best_dynamic_point(self.results, None)
         if best is None:
             return None
-        hidden_size, multiple = self.checked.hidden_size, self.options.round_interval
 
         def constant(mean: float) -> Target:
             return self.checked.target(mean, mean, vector, kind="equal-parameters", calibration=best["calibration"])
 
         def parameters(mean: float) -> int:
-            return sliced_parameters(self.bench.model, constant(mean).widths or [], self.options.rotations)
+            target = constant(mean)
+            return sliced_parameters(self.bench.model, target.widths or [], self.options.rotations, target.inner_widths)
 
-        step = multiple / (hidden_size * len(vector))  # one multiple in one layer
-        return constant(nearest(parameters, best["parameters"], 0.0, 1 - multiple / hidden_size, step / 2))
+        sizes = [self.checked.hidden_size] if self.options.mean else []
+        sizes += [max(self.checked.inner_sizes)] if self.options.inner_mean else []
+        step = self.options.round_interval / (max(sizes) * len(vector))  # one multiple in one layer
+        return constant(nearest(parameters, best["parameters"], 0.0, self.checked.highest_mean(), step / 2))
 
     # ---- models
 
@@ -234,9 +237,9 @@ class Experiment:
             wanted = sorted(at_mean, key=lambda point: point["perplexity"])[:1]
         places = [self.folder.model(point["base"], point["key"]) for point in wanted]
         missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not is_saved_model(place)]
-        names = ("kind", "mean", "base", "slices", "widths", "calibration")
+        names = ("kind", "mean", "base", "slices", "widths", "calibration", "inner_mean", "inner_base", "inner_widths")
         for point, place in self.ranks.share(self.ranks.from_first(missing)):
-            self.bench.save(self.bench.sliced(Target(**{name: point[name] for name in names})), place)
+            self.bench.save(self.bench.sliced(Target(**{name: point.get(name) for name in names})), place)
         self.ranks.wait()
         if self.ranks.first:
             self._wait_for_files(lambda: all(map(is_saved_model, places)))

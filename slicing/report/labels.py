@@ -27,13 +27,20 @@ def text_label(results: Results) -> str:
 
 
 def run_label(results: Results) -> str:
-    """Model, mean, rotations and calibration, for a legend; the model alone where nothing was sliced."""
+    """Model, mean, rotations, calibration and what else is not the paper's, for a legend; the model alone where nothing
+    was sliced."""
     point = next((point for point in results["points"] if point["kind"] == "sweep"), None)
     if point is None:
         return model_name(results)
     rotations = f"{point['rotations']} rotation{'' if point['rotations'] == 1 else 's'}"
     calibrated = "calibrated once" if point["calibration"] == "once" else "calibrated at every point"
-    return f"{model_name(results)}, SP = {point['mean']:g}, {rotations}, {calibrated}"
+    inner = point.get("inner_mean")
+    mean = f"SP = {point['mean']:g}" + (f", inner {inner:g}" if inner else "")
+    if inner and not results["arguments"].get("mean"):
+        mean = f"inner SP = {inner:g}"
+    more = ", gradient metric" if point.get("metric") == "gradient" else ""
+    more += ", refit" if point.get("refit") else ""
+    return f"{model_name(results)}, {mean}, {rotations}, {calibrated}{more}"
 
 
 def run_labels(runs: Sequence[Results]) -> list[str]:

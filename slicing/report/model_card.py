@@ -1,5 +1,6 @@
 """The README.md of a saved sliced model: what it was made of and how, what it scores, how it is loaded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def write_model_card(
     tasks: dict[str, Any],
     parameters: tuple[int, int],
     command: str,
+    solved: str = "",
 ) -> Path:
     """Write README.md into the folder of a saved sliced model and return its path.
 
@@ -96,6 +98,7 @@ def write_model_card(
     tasks: the scores of the sliced model, as results.json has them.
     parameters: of the dense and of the sliced model, shortcuts and head included, a tied table once.
     command: the line that made the model, as anybody may read it.
+    solved: what was done besides rotating and slicing, in words.
     """
     dense, sliced = parameters
     title = f"{origin.name}, sliced by {100 * slice_percentage:g} %"
@@ -107,6 +110,7 @@ def write_model_card(
         ("mean cut over the layers (SP)", f"{slice_percentage:.2%}"),
         ("part of the cut that every layer gets (SB)", "none" if slice_base is None else f"{slice_base:.2%}"),
         ("bases a layer", str(rotations)),
+        *([("besides", solved)] if solved else []),
         ("calibrated on", calibration),
         (f"perplexity on {where}", ", ".join(scores)),
         ("parameters", f"dense {dense:,}, sliced {sliced:,}"),
@@ -149,7 +153,17 @@ def write_card(folder: str | Path, point: Point, results: Results) -> Path:
         tasks=point["tasks"],
         parameters=(model["parameters"], point["parameters"]),
         command=public_command(),
+        solved="; ".join(_solved(point)),
     )
+
+
+def _solved(point: Point) -> Iterator[str]:
+    if point.get("metric") == "gradient":
+        yield "bases in the gradient metric"
+    if point.get("refit"):
+        yield "writers solved anew against the dense stream"
+    if point.get("inner_widths"):
+        yield f"inner widths cut by {point['inner_mean']:.2%} in the mean: {', '.join(map(str, point['inner_widths']))}"
 
 
 def _front_matter(

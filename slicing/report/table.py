@@ -162,10 +162,15 @@ def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: boo
             _Column(("rota-", "tions"), 5, lambda point, _: str(point["rotations"] or "-")),
             _Column(("", "calibrated"), -11, lambda point, _: point["calibration"] or "-"),
         ]
+    if any(run["arguments"].get("metric") == "gradient" for run in runs):
+        columns.append(_Column(("", "metric"), -8, lambda point, _: point.get("metric") or "-"))
+    if any(run["arguments"].get("refit") for run in runs):
+        columns.append(_Column(("", "refit"), -5, lambda point, _: "yes" if point.get("refit") else "-"))
     columns += [
         _Column(("", "point"), -12 if any(map(is_sliced_model, runs)) else -10, _kind),
         _Column(("", "SB"), 5, lambda point, _: _optional(point["base"], ".3f")),
         _Column(("", "SP"), 5, lambda point, _: _optional(point["mean"], ".3f")),
+        *_inner_columns(runs),
         _Column(("", "perplexity"), 10, lambda point, _: _perplexity(point["perplexity"])),
         _Column(("against", "dense"), 8, lambda point, run: _change(compare(point, dense_point(run))[0])),
         _Column(("paired", "SE(ln)"), 6, lambda point, run: _optional(compare(point, dense_point(run))[1], ".4f")),
@@ -182,6 +187,16 @@ def _columns(runs: Sequence[Results], tasks: Sequence[str] | None, labelled: boo
             )
         )
     return [*columns, _Column(("", "seconds"), 7, lambda point, _: _seconds(point))]
+
+
+def _inner_columns(runs: Sequence[Results]) -> list[_Column]:
+    """SB and SP of the inner widths, where a run cuts these."""
+    if not any(run["arguments"].get("inner_mean") for run in runs):
+        return []
+    return [
+        _Column(("inner", "SB"), 5, lambda point, _: _optional(point.get("inner_base"), ".3f")),
+        _Column(("inner", "SP"), 5, lambda point, _: _optional(point.get("inner_mean"), ".3f")),
+    ]
 
 
 def _against_constant(point: Point, results: Results) -> tuple[float | None, float | None]:
@@ -230,6 +245,7 @@ def _csv_row(point: Point, results: Results) -> dict[str, Any]:
     row |= {"text": text["source"], "split": text["split"], "window_length": text["length"], "seed": results["seed"]}
     plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
     row |= {key: point[key] for key in plain}
+    row |= {key: point.get(key) for key in ("metric", "refit", "inner_mean", "inner_base")}
     if point["kind"] == "dense" and is_sliced_model(results):
         row["kind"] = "sliced model"
     row["change_dense"], row["paired_se_dense"] = compare(point, dense_point(results))
