@@ -75,7 +75,15 @@ _TWO_OUTPUT_NORMS: Names = {
 }
 _RAW_READERS: Names = _TWO_OUTPUT_NORMS | {"attention_norm": "", "mlp_norm": ""}
 _FOUR_NORMS: Names = _TWO_OUTPUT_NORMS | {"mlp_norm": "pre_feedforward_layernorm"}
-_GLM4: Names = _GATE_UP | {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
+_FOUR_NORMS_GLM: Names = {
+    "attention_output_norm": "post_self_attn_layernorm",
+    "mlp_output_norm": "post_mlp_layernorm",
+}
+_AFMOE: Names = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_mlp_layernorm",
+    "mlp_output_norm": "post_mlp_layernorm",
+}
 _APERTUS: Names = _UP_ONLY | {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
 _OPT: Names = {
     "attention_norm": "self_attn_layer_norm",
@@ -112,6 +120,14 @@ _JAMBA_MLP: Names = {
     "mlp_out": ("feed_forward.down_proj",),
 }
 _LFM2 = (_mixer("conv", "in_proj"), ATTENTION | {"attention_out": "self_attn.out_proj"})
+_LFM3 = (
+    _mixer("conv", "in_proj"),
+    reads(ATTENTION, "self_attn.g_proj"),
+    ATTENTION,
+)
+_LFM3_NORMS: Names = {"attention_output_norm": "post_operator_norm", "mlp_output_norm": "post_ffn_norm"}
+_HYPERCLOVAX: Names = {"attention_output_norm": "post_norm1", "mlp_output_norm": "post_norm2"}
+_OLMO_READERS = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj")
 _LFM2_NORMS: Names = {"attention_norm": "operator_norm", "mlp_norm": "ffn_norm"}
 _LFM2_MLP: Names = {
     "mlp": ("feed_forward",),
@@ -174,7 +190,26 @@ FAMILIES: dict[str, Family] = {
     # sequential, RMSNorm of what a branch writes
     **dict.fromkeys(("gemma2", "gemma3_text"), decoder(names=_FOUR_NORMS, **_GEMMA_NORM)),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), decoder(names=_RAW_READERS)),
-    "glm4": decoder(names=_GLM4),
+    "glm4": decoder(names=_GATE_UP | _FOUR_NORMS_GLM),
+    "kolibri1": decoder(mlps=(experts(shared="shared_experts"),), names=_FOUR_NORMS_GLM),
+    "flex_olmo": decoder(mlps=(experts(),), names=_RAW_READERS),
+    "afmoe": decoder(
+        reads(ATTENTION, "self_attn.gate_proj"),
+        mlps=(experts("router.gate", shared="shared_experts"), MLP),
+        names=_AFMOE,
+    ),
+    "olmo_hybrid": decoder(
+        blocks=(
+            layer(**_RAW_READERS),
+            layer(**_mixer("linear_attn", *_OLMO_READERS) | {"attention_out": "linear_attn.o_proj"}),
+        )
+    ),
+    "hyperclovax": decoder(
+        blocks=(layer(**_GRANITE_SCALE, **_HYPERCLOVAX), layer(**_GRANITE_SCALE)),
+    ),
+    "lfm3": decoder(
+        blocks=tuple(layer(**mixer | _LFM2_MLP | _LFM2_NORMS | norms) for norms in (_LFM3_NORMS, {}) for mixer in _LFM3)
+    ),
     # sequential, LayerNorm
     "opt": decoder(
         names=_OPT,
@@ -405,7 +440,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_OUTPUT_NORM = "the norms of its branches' outputs are not of the kinds that slicing handles yet"
+_THIRD_BRANCH = "its layers have a third branch and scale what they give, which slicing does not handle yet"
 _NORM_OF_SUM = "it normalises the sum of stream and branch, so its stream has no basis of its own"
 _ENCODER = "it is an encoder: a token sees those after it, or its layers normalise the sum of stream and branch"
 _COMPOSITE = "it is a model of text and other inputs: load its text model by itself, as load_model does where it can"
@@ -417,8 +452,7 @@ _NAMES = "its layers hold norms, branches and sums in modules of their own, whic
 REFUSED: dict[str, str] = {
     name: reason
     for reason, names in {
-        _OUTPUT_NORM: "gemma4 gemma4_text gemma4_unified gemma4_unified_text olmo_hybrid flex_olmo afmoe beam"
-        " hyperclovax kolibri1 lfm3 axk1",
+        _THIRD_BRANCH: "gemma4 gemma4_text gemma4_unified gemma4_unified_text",
         _NORM_OF_SUM: "openai-gpt xlnet git trocr",
         _ENCODER: "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
         " roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod",
@@ -430,6 +464,8 @@ REFUSED: dict[str, str] = {
         _NAMES: "cpmant ctrl dbrx gpt_neox_japanese longcat_flash",
         "its residual is the normalised stream": "minimax dory",
         "its layers run in loops": "hrm_text",
+        "its experts norm what they write themselves, which slicing does not handle yet": "axk1",
+        "it scales stream and branch by the layer's index, which slicing does not handle yet": "beam",
         "two mixers read one norm, which slicing does not handle yet": "falcon_h1",
         "its attention has experts, which slicing does not handle yet": "jetmoe",
         "its first layer reads the stream without a norm, which slicing does not handle yet": "modernbert-decoder",

@@ -391,10 +391,12 @@ def bias_name(name: str) -> str:
 
 
 def find_block(layer: nn.Module, family: Family) -> Block:
-    """The first layout whose every name the layer has; InputError that names what the last one misses."""
+    """The first layout whose every name the layer has, its output norms not as identities; InputError that names what
+    the last one misses."""
     missing: list[str] = []
     for block in family.blocks:
         missing = [path for path in block.paths() if not has(layer, path)]
+        missing = missing or [path for path in block.output_norms() if isinstance(part(layer, path), nn.Identity)]
         if not missing:
             return block
     raise InputError(f"{type(layer).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")

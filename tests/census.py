@@ -66,9 +66,10 @@ Refused:
 {refused}
 
 Of models of text and pictures (or video, or sound) `load_model` and both commands load the text model as a causal LM,
-and a line on stderr says what is left out. `tests/test_composites.py` does so with {composites}: the
-logits of a text are those of the whole model, bit for bit. Others load in the same way, or are refused in one line
-where their checkpoint names its text model in another way.
+and a line on stderr says what is left out. Others than these load in the same way, or are refused in one line where
+their checkpoint names its text model in another way; with these `tests/test_composites.py` does so, and the logits of a
+text are those of the whole model, bit for bit:
+{composites}.
 
 Experts return the width that they read, so the narrower of the two is filled up with zeros: an expert layer between the
 widths d and d' has the parameters of max(d, d'), and in the last layer those of D. Where a family's body needs its

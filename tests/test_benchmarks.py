@@ -164,6 +164,15 @@ def test_quality_study_compares_methods_at_equal_true_parameters(
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_constant_cuts_give_perplexity_and_true_cut_of_the_layers(run: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    text = write_text(tmp_path / "text", train=600, validation=10, test=300)
+    small = ["--device", "cpu", "--length", "16", "--samples", "4", "--test-windows", "2", "--cuts", "0.5"]
+    _, figures = run("constant_cuts", str(tmp_path / "model"), "--dataset", text, *small)
+    assert [row["rotations"] for row in figures] == [0, 2, 1]
+    assert figures[0]["true cut"] == 0 < figures[1]["true cut"] < figures[2]["true cut"] < 0.5
+
+
 def test_quality_study_interpolates_log_perplexity_between_true_cuts(shapes: Any) -> None:
     study = importlib.import_module("quality_study")
     curve = [{"cut": cut, "perplexity": perplexity} for cut, perplexity in ((0.3, 80.0), (0.1, 20.0))]

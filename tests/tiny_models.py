@@ -192,6 +192,21 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     # output norms
     "gemma2": ("gemma2", _LLAMA | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     **{name: (name, _LLAMA | {"head_dim": 12}) for name in ("olmo3", "exaone4", "glm4")},
+    "kolibri1": ("kolibri1", _MOE | {"head_dim": 12, "shared_expert_intermediate_size": 32}),
+    "flex_olmo": ("flex_olmo", _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "afmoe": (
+        "afmoe",
+        _MOE
+        | {"head_dim": 12, "num_dense_layers": 1, "num_shared_experts": 1, "sliding_window": 8, "mup_enabled": True},
+    ),
+    "olmo_hybrid": ("olmo_hybrid", _DELTA),
+    "hyperclovax": ("hyperclovax", _LLAMA | _MULTIPLIERS),
+    "hyperclovax-plain": ("hyperclovax", _LLAMA | _MULTIPLIERS | {"use_post_norm": False}),
+    "lfm3": ("lfm3", _LLAMA | _CONVOLUTION | {"head_dim": 12}),
+    "lfm3-plain": (
+        "lfm3",
+        _LLAMA | _CONVOLUTION | {"head_dim": 12, "use_sandwich_norm": False, "use_attention_gate": False},
+    ),
     # mixture of experts
     **{name: (name, _MOE) for name in ("olmoe", "mellum")},
     "minimax_m2": ("minimax_m2", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),

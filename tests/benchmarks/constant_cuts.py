@@ -19,7 +19,8 @@ from slicing.modeling import part
 def windows(options: argparse.Namespace, tokenizer: Any, split: str, count: int) -> torch.Tensor:
     """Token windows (count, length) that begin with the begin token."""
     found = slicing.token_windows(options.dataset, tokenizer, split=split, length=options.length - 1, count=count)
-    return torch.cat([torch.full((len(found), 1), tokenizer.bos_token_id), found], 1)
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return torch.cat([torch.full((len(found), 1), begin), found], 1)
 
 
 def decoder_parameters(model: Any, layers: str) -> int:
@@ -60,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "rotations": rotations,
                     "perplexity": slicing.perplexity(sliced, test),
                     "true cut": true,
-                    "check": sliced.check_seconds,
                 }
             ]
             print(f"| {cut:g} | {rotations} | {rows[-1]['perplexity']:.2f} | {100 * true:.1f} % |", flush=True)
