@@ -108,7 +108,7 @@ def _fields(options: type) -> "tuple[Field[Any], ...]":
 
 def _default(each: "Field[Any]") -> str:
     about = said(each)
-    if about.default is not None or each.default in (MISSING, None, False, ()):
+    if about.default is not None or any(each.default is off for off in (MISSING, None, False, ())):  # 0 is not off
         return about.default or ""
     return f"{each.default}" + (f"; {about.for_demo} for the demo model" if about.for_demo else "")
 

@@ -54,7 +54,7 @@ def card(folder: Path, **changes: Any) -> str:
         "trust_remote_code=True",
         "GGUF converters",
         "The terms of someone/model-7b (apache-2.0) hold for this model too.",
-        "keep = ['.*embedding_projection', '.*attn_shortcut', '.*mlp_shortcut', 'lm_head']",
+        "keep = ['.*embedding_projection', '.*attn_shortcut', '.*mlp_shortcut', '.*magnitude', 'lm_head']",
     ],
 )
 def test_the_card_says(tmp_path, said):

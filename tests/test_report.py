@@ -92,6 +92,11 @@ def make_run(
             "widths": slice_widths(slices, hidden_size) if sliced else None,
             "rotations": rotations if sliced else None,
             "calibration": ("every-point" if kind == "confirm" else calibration) if sliced else None,
+            "metric": "pca" if sliced else None,
+            "refit": False if sliced else None,
+            "inner_mean": None,
+            "inner_base": None,
+            "inner_widths": None,
             "parameters": count,
             "cut": 1 - count / parameters,
             "perplexity": perplexity,
@@ -192,13 +197,23 @@ def remove(run: dict[str, Any], key: str) -> str:
     return f"{label}.{last}".lstrip(".")
 
 
-@pytest.mark.parametrize("key", [key for key in RESULTS_SCHEMA if not key.endswith("*")])
+@pytest.mark.parametrize(
+    "key",
+    [key for key, (kind, _) in RESULTS_SCHEMA.items() if not key.endswith("*") and "absent" not in kind],
+)
 def test_a_missing_key_is_named(run, key):
     run["data"]["redundancy"] = dict(run["data"]["perplexity"])
     run["data"]["calibration"] = dict(run["data"]["calibration"])
     name = remove(run, key)
     with pytest.raises(InputError, match="schema_version is None" if key == "schema_version" else re.escape(name)):
         check_results(run)
+
+
+def test_points_of_before_the_inner_widths_are_read(run):
+    for point in run["points"]:
+        for key in ("metric", "refit", "inner_mean", "inner_base", "inner_widths"):
+            del point[key]
+    check_results(run)
 
 
 @pytest.mark.parametrize(

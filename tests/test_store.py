@@ -27,7 +27,7 @@ def point(key: str, **values: object) -> dict:
         if rest and owner != "tasks":
             made.setdefault(owner, {})[rest[0]] = None
         elif not rest and kind != "object":
-            made[owner] = None if kind.endswith(" or null") else _VALUES[kind]
+            made[owner] = None if " or null" in kind else _VALUES[kind]
     return made | {"key": key} | values
 
 
