@@ -440,7 +440,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_THIRD_BRANCH = "its layers have a third branch and scale what they give, which slicing does not handle yet"
+_THIRD_BRANCH = "its layers have a third branch that reads the token and share keys, which slicing does not handle yet"
 _NORM_OF_SUM = "it normalises the sum of stream and branch, so its stream has no basis of its own"
 _ENCODER = "it is an encoder: a token sees those after it, or its layers normalise the sum of stream and branch"
 _COMPOSITE = "it is a model of text and other inputs: load its text model by itself, as load_model does where it can"

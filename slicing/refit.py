@@ -244,6 +244,15 @@ class ClosedForm:
             self.sliced[place] = stream.view(*states.shape[:2], -1)
 
 
+def check_added(blocks: Iterable[Block], model_type: str, what: str) -> None:
+    """InputError where every one of these layouts norms what its branches write."""
+    if all(block.output_norms() for block in blocks):
+        raise InputError(
+            f"{what}: the layers of a {model_type!r} model norm what their branches write, and writers are solved for"
+            " what is added as it is: slice it without"
+        )
+
+
 def check_tokens(
     model: PreTrainedModel, family: Family, tokens: int, widths: list[int], inner: list[int] | None, *, refit: bool
 ) -> None:
@@ -251,11 +260,8 @@ def check_tokens(
     layer's writers give isn't added up."""
     for index, layer in enumerate(part(model, family.layers)):
         block = find_block(layer, family)
-        if block.output_norms() and (refit or inner is not None):
-            raise InputError(
-                f"{'refit' if refit else 'inner widths'}: the layers of a {model.config.model_type!r} model norm what"
-                " their branches write, and writers are solved for what is added as it is: slice it without"
-            )
+        if refit or inner is not None:
+            check_added((block,), model.config.model_type, "refit" if refit else "inner widths")
         sizes = {path: _inputs(layer, path) for path in block.writers()}
         kept = {} if inner is None else dict.fromkeys(inner_matrices(layer, block), inner[index])
         unknowns = max((kept[path] for path in kept if kept[path] < sizes[path]), default=0)

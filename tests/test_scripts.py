@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import errors
 from tiny_runs import REPOSITORY, TASKS, write_model, write_text
 from torch.nn import functional as F
-from transformers import BertConfig, OpenAIGPTConfig, PreTrainedModel, T5Config
+from transformers import BertConfig, Gemma3TextConfig, OpenAIGPTConfig, PreTrainedModel, T5Config
 
 import calculate_LR
 import mean_cut_accuracy_experiments as sweep
@@ -432,7 +432,7 @@ def model_flag(script: Script, name: str) -> list[str]:
     return ["--model", name] if script is sweep else [name]
 
 
-def with_model(script: Script, name: str, refused: Callable[..., None], message: str) -> None:
+def with_model(script: Script, name: str, refused: Callable[..., None], message: str, *flags: str) -> None:
     """Refuse a quick run whose model is this."""
     arguments = ARGUMENTS[script]
 
@@ -441,7 +441,7 @@ def with_model(script: Script, name: str, refused: Callable[..., None], message:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARGUMENTS, script, renamed)
-        refused(script, [], message)
+        refused(script, list(flags), message)
 
 
 NO_MODELS = {
@@ -527,6 +527,13 @@ def test_an_unknown_family_is_refused(refused, spoilt):
 def test_a_family_that_no_rotation_fits_is_refused_with_the_reason(refused, spoilt):
     OpenAIGPTConfig(n_layer=LAYERS).save_pretrained(spoilt)
     with_model(sweep, str(spoilt), refused, "can't slice 'openai-gpt': it normalises the sum of stream and branch")
+
+
+@pytest.mark.parametrize("flags", [["--refit"], ["--inner-mean", "0.2"]], ids=" ".join)
+def test_writers_behind_output_norms_are_not_solved(refused, spoilt, flags):
+    Gemma3TextConfig(num_hidden_layers=LAYERS, hidden_size=HIDDEN).save_pretrained(spoilt)
+    message = f"{flags[0]}: the layers of a 'gemma3_text' model norm what their branches write"
+    with_model(sweep, str(spoilt), refused, message, *flags)
 
 
 def test_tokens_of_tasks_outside_the_vocabulary_are_refused(refused, spoilt):

@@ -276,6 +276,7 @@ def check(options: Options) -> Checked:
 
     from slicing.batches import check_token_ids
     from slicing.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
+    from slicing.refit import check_added
     from slicing.tasks import check_fewshot, check_tokens, resolve_tasks
     from slicing.text import check_source, is_file, token_windows
 
@@ -297,6 +298,8 @@ def check(options: Options) -> Checked:
     if options.swept > 0:
         family = find_family(config)
         check_positions(config, "--calibration-length", options.calibration_length)
+        if options.refit or options.inner_mean > 0:
+            check_added(family.blocks, config.model_type, "--refit" if options.refit else "--inner-mean")
         limit = _highest_cut(options, int(config.hidden_size))
         if options.inner_mean > 0:
             sizes = _inner_sizes(options, config, family)
