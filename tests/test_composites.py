@@ -169,3 +169,23 @@ def test_a_composite_whose_text_has_other_names_is_refused_with_that_reason(comp
 @pytest.mark.parametrize("model_type", ["llama", "phi4_multimodal", "mllama", "gemma3_text"])
 def test_what_is_no_composite_of_a_causal_lm_is_left_as_it_is(model_type):
     assert text_model(AutoConfig.for_model(model_type)) is None
+
+
+def test_a_text_model_that_can_not_be_sliced_is_measured_all_the_same(tokenizer, tmp_path):
+    if "gemma4" not in CONFIG_MAPPING:
+        pytest.skip("this release of Transformers does not have it")
+    text = _TEXT | {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+    eyes = {**_EYES, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(
+        "gemma4", text_config=text | {"num_kv_shared_layers": 0}, vision_config=eyes, audio_config=None
+    )
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), device="cpu")
+    assert model.config.model_type == "gemma4_text"
+    assert torch.equal(logits(model), logits(whole))
+    assert perplexity(model, ids()) > 1
+    assert layer_redundancy(model, ids()).cosine.isfinite().all()
+    with pytest.raises(InputError, match="can't slice 'gemma4_text': its layers have a third branch"):
+        rotate_and_slice(model, ids(), [24] * 3)

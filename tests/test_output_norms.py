@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import LAYERS, logits, random_model, relative_error, windows
+from tiny_models import LAYERS, live_in, logits, random_model, relative_error, subspace, tolerance, windows
 from torch import nn
 
 from slicing import modeling
+from slicing.bases import dense_bases
 from slicing.families import FAMILIES, InputError
 from slicing.modeling import OutputRMSNorm, part
 from slicing.output_norms import magnitude, turned, unit_outputs
 from slicing.pca import Basis
-from slicing.rotation import rotate_and_slice
+from slicing.rotation import rotate_and_slice, slice_with_bases
 
 D, TOKENS = 40, 500
 
@@ -121,6 +122,21 @@ def test_a_sliced_branch_is_nearly_as_large_as_the_dense_one(case):
         logits(each, windows())
         handle.remove()
     assert ((sizes[1] / sizes[0]) - 1).abs().max() < 0.3  # it lacks what is outside the basis
+
+
+@pytest.mark.parametrize("rotations", [1, 2])
+@pytest.mark.parametrize("case", ["gemma3_text", "olmo2"])
+def test_the_gradient_metric_and_one_calibration_for_all_lose_nothing_where_there_is_room(case, rotations):
+    model = random_model(case)
+    live_in(model, subspace(20, centred=False))
+    wanted = logits(model, windows())
+    sliced = rotate_and_slice(model, windows(), [20, 48, 32], rotations=rotations, metric="gradient")
+    assert relative_error(logits(sliced, windows()), wanted) < tolerance(case)
+    for metric in ("pca", "gradient"):
+        bases = dense_bases(model, windows(), rotations=rotations, metric=metric)
+        for widths in ([20, 48, 32], [24, 20, 40]):
+            sliced = slice_with_bases(model, bases, widths)
+            assert relative_error(logits(sliced, windows()), wanted) < tolerance(case), (metric, widths)
 
 
 @pytest.mark.parametrize("more", [{"refit": True}, {"inner_widths": [32] * LAYERS}], ids=["refit", "inner widths"])

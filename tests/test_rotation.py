@@ -130,7 +130,7 @@ def test_slicing_to_the_rank_of_the_stream_keeps_logits_in_fp32(case, rotations)
     assert relative_error(logits(sliced, windows()), wanted) < tolerance(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma", "gpt2", "falcon"])
+@pytest.mark.parametrize("case", ["llama", "gemma", "gpt2", "falcon", "gemma3_text", "olmo2"])
 def test_slicing_to_the_rank_of_the_stream_keeps_logits_in_bf16(case):
     model, wanted = low_rank(case, False, torch.bfloat16)
     sliced = rotate_and_slice(model, windows(), [RANK, HIDDEN, RANK])
