@@ -44,9 +44,13 @@ def flag(value: Any = MISSING, **said: Any) -> Any:
     return field(default=value, metadata={"flag": Flag(**said)})
 
 
-def parse(options: type[Options], description: str | None, argv: Sequence[str] | None) -> Options:
-    """The options on a command line; those with a default of their own for the demo model get it there."""
+def parse(
+    options: type[Options], description: str | None, argv: Sequence[str] | None, *, program: str | None = None
+) -> Options:
+    """The options on a command line; those with a default of their own for the demo model get it there. `program`: how
+    the command is called, where that is not the file's name."""
     parser = Parser(description)
+    parser.prog = program or parser.prog
     for each in _fields(options):
         name, arguments = _argument(each)
         parser.add_argument(name, **arguments)
@@ -54,7 +58,7 @@ def parse(options: type[Options], description: str | None, argv: Sequence[str] |
     for each in _fields(options):
         value = given[each.name]
         if value is None and each.default is not MISSING:
-            demo = said(each).for_demo if given["model"] == DEMO else None
+            demo = said(each).for_demo if given.get("model") == DEMO else None
             given[each.name] = demo or each.default
         elif isinstance(value, list):
             given[each.name] = tuple(value)

@@ -39,6 +39,17 @@ class Loaded:
         own = self.num_fewshot[name]
         return (own or 0) if given is None or own == 0 else given
 
+    def shots(self, name: str, given: int | None) -> int | None:
+        """How many examples each task of a group, or the one task, gets; None where they differ."""
+        found = {self.fewshot(leaf, given) for leaf in self.leaves(name)}
+        return found.pop() if len(found) == 1 else None
+
+    def version(self, name: str) -> str | None:
+        """lm-eval's version of a task or group; None where it has none."""
+        group = self.groups.get(name)
+        found = self.tasks[name].VERSION if group is None else (group.metadata or {}).get("version")
+        return None if found is None else str(found)
+
 
 @dataclass
 class TaskSet:

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slicing.batches import evaluation_mode, first_batch, is_gpu, smaller_batch
@@ -150,11 +150,29 @@ def _evaluated(task: Any, requests: Sequence[Any], answers: _Answers, limit: int
     for request in requests:  # of the model before
         request.resps, request.filtered_resps = [], {}
     task.build_all_requests = lambda **_: None  # they are there already
+    process, of_documents = task.process_results, []
+
+    def kept(*arguments: Any) -> Any:
+        of_documents.append(process(*arguments))
+        return of_documents[-1]
+
+    task.process_results = kept
     try:
         only = {"tasks": {task.task_name: task}}
         results = evaluate(lm=_Answered(answers), task_dict=only, limit=limit, log_samples=False)
-        return task_score(results["results"][task.task_name])
+        return task_score(results["results"][task.task_name], _by_metric(of_documents, requests[0].filtered_resps))
     except Exception as error:  # functions and metrics are the task's own
         return no_score(reason_of(error))
     finally:
-        del task.build_all_requests
+        del task.build_all_requests, task.process_results
+
+
+def _by_metric(of_documents: Sequence[dict[str, Any]], filters: Iterable[str]) -> dict[str, list[Any]]:
+    """What a task gave for each document, by lm-eval's keys: it goes through all documents for one filter, then for the
+    next."""
+    filters, found = list(filters), defaultdict(list)
+    for place, metrics in enumerate(of_documents):
+        kind = filters[place * len(filters) // len(of_documents)]
+        for metric, value in metrics.items():
+            found[f"{metric},{kind}"].append(value)
+    return dict(found)

@@ -100,6 +100,7 @@ class Bench:
             },
             "redundancy": None,
             "search": None,
+            "tasks": self._task_entries(),
             "points": [],
         }
 
@@ -180,6 +181,20 @@ class Bench:
             "lm_eval": identity.versions(options)["lm_eval"],
             "tokenizer": identity.tokenizer_content(self.tokenizer),
             "tasks": task_content(self.checked.tasks, limit=options.accuracy_limit, num_fewshot=options.num_fewshot),
+        }
+
+    def _task_entries(self) -> dict[str, Any]:
+        """What results.json says of the tasks that are reported."""
+        if self.checked.tasks is None or self._tasks_content is None:
+            return {}
+        loaded, content = self.checked.tasks.loaded, self._tasks_content["tasks"]
+        return {
+            name: {
+                "version": loaded.version(name),
+                "content": content[name],
+                "shots": loaded.shots(name, self.options.num_fewshot),
+            }
+            for name in loaded.reported
         }
 
     # ---- measurements

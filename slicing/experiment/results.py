@@ -64,6 +64,11 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "search.trials": ("objects", "each slice base that was tried"),
     "search.trials.base": ("number", "SB"),
     "search.trials.perplexity": ("number", "with the bases of the dense model (calibration once)"),
+    "tasks": ("object or absent", "what was asked of each task or group, by its name"),
+    "tasks.*": ("object", ""),
+    "tasks.*.version": ("str or null", "lm-eval's version of it"),
+    "tasks.*.content": ("str", "hash of its documents, settings and functions"),
+    "tasks.*.shots": ("int or null", "examples in the prompt; null of a group whose tasks differ"),
     "points": ("objects", "dense, constant slicing, the amounts up to the mean, then the extra kinds"),
     "points.key": ("str", "name of the point's file"),
     "points.git": ("str or null", "commit of this repository that measured the point"),
@@ -94,6 +99,12 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     "points.tasks.*.reason": ("str or null", "why there is no value; null where there is one"),
     "points.tasks.*.stderr": ("number or null", "its standard error"),
     "points.tasks.*.documents": ("int", "documents evaluated"),
+    "points.tasks.*.metrics": ("object or absent", "every metric by name"),
+    "points.tasks.*.metrics.*": ("object", "its value, stderr and, where it is the mean over the documents, documents"),
+    "points.tasks.*.metrics.*.documents": (
+        "scores or absent",
+        "the score of each document: a string of the digits 0 and 1, or a list of numbers",
+    ),
     "points.mean_accuracy": (
         "number or null",
         "mean of the values that are accuracies; null where none is, or a score has no value",
@@ -104,7 +115,7 @@ RESULTS_SCHEMA: dict[str, tuple[str, str]] = {
     **{f"points.peak_memory_bytes.{part}": ("number or null", "null where unknown") for part in PARTS},
 }
 _ABSENT = " or absent"  # keys that points of earlier versions lack
-_OPEN = ("arguments", "points.tasks.*")  # objects with further keys of any name
+_OPEN = ("arguments", "points.tasks.*", "points.tasks.*.metrics.*")  # objects with further keys of any name
 
 
 def _is_number(value: object) -> bool:
@@ -124,6 +135,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "ints": lambda value: isinstance(value, list) and all(map(_is_int, value)),
     "numbers": lambda value: isinstance(value, list) and all(map(_is_number, value)),
     "objects": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+    "scores": lambda value: set(value) <= {"0", "1"} if isinstance(value, str) else _TYPES["numbers"](value),
 }
 
 

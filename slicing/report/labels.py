@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from slicing.experiment.names import short_model_name, shown, text_name
 from slicing.experiment.results import Results, is_accuracy
+from slicing.report.settings import SETTINGS
 
 TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
 
@@ -44,9 +45,10 @@ def run_label(results: Results) -> str:
 
 
 def run_labels(runs: Sequence[Results]) -> list[str]:
-    """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model
-    and tasks, else with a number."""
-    marks = (text_label, lambda run: f"seed {run['seed']}", lambda run: shown(run["model"]["name"]), _task_names)
+    """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model,
+    tasks and settings, else with a number."""
+    marks = [text_label, lambda run: f"seed {run['seed']}", lambda run: shown(run["model"]["name"]), _task_names]
+    marks += [setting.label for setting in SETTINGS]
     return _told_apart([run_label(run) for run in runs], runs, marks)
 
 

@@ -43,22 +43,23 @@ PANEL_LINE, LEGEND_LINE = 28, 84  # characters that fit beside a panel and below
 
 def plot_sweep(runs: Sequence[Results], path: str | Path) -> None:
     """Write `sweep_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that fails."""
-    _write(lambda: sweep_figure(runs), path)
+    write_figure(lambda: sweep_figure(runs), path)
 
 
 def plot_redundancy(results: Results, path: str | Path) -> None:
     """Write `redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that
     fails."""
-    _write(lambda: redundancy_figure(results), path)
+    write_figure(lambda: redundancy_figure(results), path)
 
 
 def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
     """Write `layer_redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that
     fails."""
-    _write(lambda: layer_redundancy_figure(redundancy, title), path)
+    write_figure(lambda: layer_redundancy_figure(redundancy, title), path)
 
 
-def _write(figure: "Callable[[], Figure]", path: str | Path) -> None:
+def write_figure(figure: "Callable[[], Figure]", path: str | Path) -> None:
+    """Write a figure to a file whose kind is its ending's. InputError where that fails."""
     try:
         with replacing(Path(path)) as partial, own_settings():
             figure().savefig(partial, dpi=200)
@@ -117,7 +118,7 @@ def sweep_figure(runs: Sequence[Results]) -> "Figure":
     panels[0].set_ylabel(label if len(label) <= PANEL_LINE else label.replace(" (", "\n(", 1))
     heights = [point["perplexity"] for run in runs for point in run["points"]]
     if heights and max(heights) > LOG_FROM * min(heights):
-        _logarithmic(panels[0], log_ticks(min(heights), max(heights)))
+        logarithmic(panels[0], log_ticks(min(heights), max(heights)))
     if len(panels) > 1:
         panels[1].set_ylabel(accuracy_label(runs))
     panels[-1].set_xlabel("slice base SB (0: fully dynamic, SB = SP: constant)")
@@ -140,7 +141,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _logarithmic(axes: "Axes", ticks: Sequence[float]) -> None:
+def logarithmic(axes: "Axes", ticks: Sequence[float]) -> None:
     """A logarithmic y axis from the first tick to the last."""
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
