@@ -8,10 +8,17 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from slicing import flags
+from slicing import InputError, flags
 from slicing.command_line import Screen, exit_code
 from slicing.experiment.options import Options
+
+if TYPE_CHECKING:
+    from slicing.experiment.ranks import Ranks
+    from slicing.experiment.results import Results
 
 
 def parse(argv: Sequence[str] | None) -> Options:
@@ -27,14 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sweep(options: Options) -> None:
-    """Check, run, print each row as it ends, then write csv and plots."""
+    """Run, with each of --seeds where they are given; then also their table."""
     if options.quiet or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         os.environ["TQDM_DISABLE"] = "1"  # the bars of libraries too; read when tqdm is imported
 
-    from slicing.experiment.options import check
     from slicing.experiment.ranks import join_ranks
 
     ranks = join_ranks()  # before the checks: where one rank fails them, the others learn it
+    screen = Screen()
+    flags.check_limits(options)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise InputError(f"--seeds has {' '.join(map(str, options.seeds))}: each may be there once")
+    runs = [run(replace(options, seed=seed, seeds=()), ranks, screen) for seed in options.seeds or (options.seed,)]
+    if ranks.first and len(runs) > 1:
+        from slicing.report.seeds import pooled
+        from slicing.report.table import format_table, write_files
+
+        for line in ["", *format_table(pooled(runs))]:
+            screen.show(line)
+        write_files(pooled(runs), Path(options.output_dir))
+    ranks.leave()
+    screen.close()
+
+
+def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
+    """Check, run, print each row as it ends, then write csv and plots."""
+    from slicing.experiment.options import check
+
     checked = check(options)
     if ranks.first:
         for note in checked.notes:
@@ -45,7 +71,6 @@ def sweep(options: Options) -> None:
     from slicing.report.table import equal_size_summary, format_row, header, write_files
 
     experiment = Experiment(checked, ranks)
-    screen = Screen()
     tasks = checked.tasks.loaded.reported if checked.tasks else []
 
     def print_row(point: dict, results: dict) -> None:
@@ -60,8 +85,7 @@ def sweep(options: Options) -> None:
         write_files([results], experiment.folder.folder)
         if not options.quiet:
             print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
-    ranks.leave()
-    screen.close()
+    return results
 
 
 if __name__ == "__main__":

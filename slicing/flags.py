@@ -68,11 +68,12 @@ def parse(
 def check_limits(options: Any) -> None:
     """InputError where a number is not within its flag's limits."""
     for each in _fields(type(options)):
-        value, low, high = getattr(options, each.name), said(each).low, said(each).high
-        if value is None or low is None or low <= value <= (value if high is None else high):
-            continue
-        limits = f"be at least {low}" if high is None else f"lie in [{low}, {high}]"
-        raise InputError(f"{spelled(each)} is {value}: it must {limits}")
+        given, low, high = getattr(options, each.name), said(each).low, said(each).high
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is None or low is None or low <= value <= (value if high is None else high):
+                continue
+            limits = f"be at least {low}" if high is None else f"lie in [{low}, {high}]"
+            raise InputError(f"{spelled(each)} is {value}: it must {limits}")
 
 
 def values_for(options: Any, *keys: str) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _argument(each: "Field[Any]") -> tuple[str, dict[str, Any]]:
         return spelled(each), arguments | {"action": "store_const", "const": True}
     parts = [part for part in get_args(each.type) if part is not NoneType] or [each.type]
     several = tuple in (get_origin(each.type), *map(get_origin, parts))
-    kind = str if several else parts[0]
+    kind = get_args(each.type if get_args(each.type)[-1] is Ellipsis else parts[0])[0] if several else parts[0]
     arguments |= {"type": path if about.is_path else kind, "choices": about.choices, "metavar": about.metavar}
     if several:
         arguments["nargs"] = "+"

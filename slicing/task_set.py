@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 import os
 import random
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from slicing.families import InputError
+
+# Settings of a task that may be functions, which run after the seeds are set; documents are processed before.
+_SEEDED_PARTS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_results")
 
 
 @dataclass
@@ -43,6 +47,17 @@ class Loaded:
         """How many examples each task of a group, or the one task, gets; None where they differ."""
         found = {self.fewshot(leaf, given) for leaf in self.leaves(name)}
         return found.pop() if len(found) == 1 else None
+
+    def takes_chance(self, given: int | None) -> bool:
+        """Whether a seed might change the scores: by examples in the prompt, texts that are generated, a class of the
+        task's own, or a function in a module that speaks of `random`."""
+        return any(
+            self.fewshot(name, given) > 0
+            or task.OUTPUT_TYPE == "generate_until"
+            or type(task).__name__ != "ConfigurableTask"
+            or any(_speaks_of_random(task.get_config(part)) for part in _SEEDED_PARTS)
+            for name, task in self.tasks.items()
+        )
 
     def version(self, name: str) -> str | None:
         """lm-eval's version of a task or group; None where it has none."""
@@ -298,6 +313,17 @@ def _once(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return kept[id(documents)][1]
 
     return processed
+
+
+def _speaks_of_random(setting: Any) -> bool:
+    """Whether a setting is a function whose module has the word in its source, or can't be read."""
+    if not callable(setting):
+        return False
+    module = inspect.getmodule(inspect.unwrap(setting))
+    try:
+        return module is None or "random" in inspect.getsource(module)
+    except OSError:
+        return True
 
 
 def _leaf_names(part: Any) -> list[str]:

@@ -205,7 +205,7 @@ CHANGES = {
     "seed": 43,
 }
 OF_SLICED_POINTS_ALONE = {"vector_cut", "round_interval", "rotations", "calibration"}
-OF_SLICED_POINTS_ALONE |= {"calibration_samples", "calibration_length"}
+OF_SLICED_POINTS_ALONE |= {"calibration_samples", "calibration_length", "seed"}  # no examples, so no random ones
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -754,3 +754,27 @@ def test_a_vector_whose_ends_are_not_0_and_1_is_stretched_with_a_note_on_stderr(
     _, results = runs.run("stretched", "--vector-cut", "0.2", "0.5", "0.7", step=0.3)
     assert results["redundancy"]["normalised"] == pytest.approx([0, 0.6, 1])
     assert "note: the vector goes from 0.2 to 0.7" in capsys.readouterr().err
+
+
+def test_seeds_measure_the_dense_model_once_and_give_one_table_of_means(runs, measured, capsys, monkeypatch):
+    more = ("--seeds", "1", "2", "--tasks", "tiny_colours", "--include-path", str(TASKS))
+    runs_of = runs.folder / "seeds"
+    for plot in ("plot_sweep", "plot_redundancy"):
+        monkeypatch.setattr(f"slicing.report.table.{plot}", lambda *_: None)
+    assert script.main(runs.arguments("seeds", *more, step=0.3)) == 0
+    assert measured == ["dense", "sweep", "sweep", "sweep", "sweep"]
+    first, second = (read_results(path.parent) for path in sorted(runs_of.glob("*/results.json")))
+    assert {first["seed"], second["seed"]} == {1, 2}
+    assert "seeds  perplexity  " in capsys.readouterr().out
+    rows = list(csv.DictReader((runs_of / "results.csv").open()))
+    assert [(row["kind"], row["seeds"]) for row in rows] == [("dense", ""), ("sweep", "2"), ("sweep", "2")]
+    values = [run["points"][1]["perplexity"] for run in (first, second)]
+    assert float(rows[1]["perplexity"]) == pytest.approx(sum(values) / 2)
+    assert float(rows[1]["perplexity_sd"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_a_seed_changes_the_dense_model_where_tasks_take_random_examples(runs, measured):
+    for seed in ("1", "2"):
+        more = ("--seed", seed, "--num-fewshot", "1", "--tasks", "tiny_endings", "--include-path", str(TASKS))
+        assert script.main(runs.arguments("shots", *more, mean=0)) == 0
+    assert measured == ["dense", "dense"]

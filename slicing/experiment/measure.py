@@ -17,7 +17,7 @@ from slicing.bases import Bases, dense_bases
 from slicing.causality import check_causal
 from slicing.devices import free_memory, must_offload, on_devices
 from slicing.experiment import identity
-from slicing.experiment.options import Checked, Target
+from slicing.experiment.options import Checked, Options, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
 from slicing.experiment.store import content_key, is_saved_model, windows_key
 from slicing.families import InputError
@@ -133,7 +133,10 @@ class Bench:
     def point_key(self, target: Target, windows: torch.Tensor | None = None) -> str:
         """The key of a point measured on evaluation windows (N, S), by default the test windows."""
         sliced = target.widths is not None
-        calibration = self.calibration_windows
+        calibration, options = self.calibration_windows, values_for(self.options, "point")
+        tasks = self.checked.tasks
+        if not sliced and not (tasks and tasks.loaded.takes_chance(self.options.num_fewshot)):
+            options["seed"] = Options.seed  # a run with another seed takes the dense model's point over
         return content_key(
             self._content
             | {
@@ -143,7 +146,7 @@ class Bench:
                     if value is not None or not name.startswith("inner_")  # keys from before there were inner widths
                 },
                 "rotations": self.options.rotations if sliced else None,
-                "options": values_for(self.options, "point"),
+                "options": options,
                 "tasks": self._tasks_content,
                 "calibration": windows_key(calibration) if sliced and calibration is not None else None,
                 "perplexity": windows_key(self.test_windows if windows is None else windows),

@@ -137,6 +137,14 @@ class Options:
     seed: int = flag(
         42, help="for the choice of calibration windows and few-shot examples", low=0, high=2**32 - 1, enters="point"
     )
+    seeds: tuple[int, ...] = flag(
+        (),
+        help="in place of --seed: a run for each, and a table of the means with the standard deviation over the seeds",
+        default="one run, with --seed",
+        low=0,
+        high=2**32 - 1,
+        metavar="SEED",
+    )
     save_model: str = flag("none", help="sliced models to keep in the run's folder", choices=("none", "best", "all"))
     output_dir: str = flag("results", help="where the run's folder goes", metavar="FOLDER", is_path=True)
     fresh: bool = flag(False, help="start over: forget the run's points and models, and take none over from other runs")
