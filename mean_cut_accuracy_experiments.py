@@ -58,7 +58,15 @@ def sweep(options: Options) -> None:
 
 
 def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
-    """Check, run, print each row as it ends, then write csv and plots."""
+    """Check, run, print each row as it ends, then write csv and plots. A run that is finished is printed again."""
+    from slicing.experiment.repeat import finished_run, write_stamp
+
+    if ranks.count == 1 and not options.fresh:
+        finished = finished_run(options)
+        if finished is not None:
+            show_again(*finished, options, screen)
+            return finished[1]
+
     from slicing.experiment.options import check
 
     checked = check(options)
@@ -83,9 +91,26 @@ def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
         for line in equal_size_summary(results):
             screen.show(line)
         write_files([results], experiment.folder.folder)
+        write_stamp(experiment.folder.folder, options, checked)
         if not options.quiet:
             print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
     return results
+
+
+def show_again(folder: Path, results: "Results", notes: Sequence[str], options: Options, screen: Screen) -> None:
+    """What the run printed, and its plots if they are no longer there."""
+    from slicing.report.table import equal_size_summary, format_row, header, write_files
+
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for line in (header(results), *(format_row(point, results) for point in results["points"])):
+        screen.show(line)
+    for line in equal_size_summary(results):
+        screen.show(line)
+    if any(not (folder / name).exists() for name in ("results.csv", "sweep.png")):
+        write_files([results], folder)
+    if not options.quiet:
+        print(f"results, csv and plots, nothing has changed since they were made: {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

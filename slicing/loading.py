@@ -187,7 +187,7 @@ def load_model(
 def _place(name: str) -> tuple[str, str | None]:
     """What Transformers takes as a model's name, and the GGUF file in that folder if it is one."""
     if name == DEMO:
-        return _demo_place()
+        return demo_place()
     path = local_path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -204,7 +204,7 @@ def _place(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _demo_place() -> tuple[str, str]:
+def demo_place() -> tuple[str, str]:
     spec = importlib.util.find_spec(DEMO_PACKAGE)  # importing it would need the dependencies that are left out
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))

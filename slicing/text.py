@@ -89,7 +89,7 @@ def check_source(source: str, split: str, text_column: str | None = None) -> Non
             without the column.
     """
     if not _is_hub(source, split):
-        file_text(_path(source, split), text_column)
+        file_text(file_of(source, split), text_column)
 
 
 def token_windows(
@@ -133,7 +133,7 @@ def token_windows(
     if _is_hub(source, split):
         text = _hub_text(source, split, None if count is None else count * step * CHARACTERS_A_TOKEN, seed)
     else:
-        text = file_text(_path(source, split), text_column)
+        text = file_text(file_of(source, split), text_column)
 
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)  # (T,)
     if len(tokens) < length:
@@ -185,7 +185,8 @@ def is_file(source: str) -> bool:
     return "/" in source or file_kind(source) is not None or local_path(source).exists()
 
 
-def _path(source: str, split: str) -> Path:
+def file_of(source: str, split: str) -> Path:
+    """The file that a split of the demo text or of a file is in."""
     if source == DEMO:
         return DEMO_FOLDER / f"{split}.txt.xz"
     path = local_path(source.replace("{split}", split))

@@ -778,3 +778,41 @@ def test_a_seed_changes_the_dense_model_where_tasks_take_random_examples(runs, m
         more = ("--seed", seed, "--num-fewshot", "1", "--tasks", "tiny_endings", "--include-path", str(TASKS))
         assert script.main(runs.arguments("shots", *more, mean=0)) == 0
     assert measured == ["dense", "dense"]
+
+
+def test_a_finished_run_is_printed_again_without_the_model(runs, measured, capsys, monkeypatch):
+    arguments = runs.arguments("again", step=0.3)
+    for plot in ("plot_sweep", "plot_redundancy"):
+        monkeypatch.setattr(f"slicing.report.table.{plot}", lambda _, file: Path(file).touch())
+    assert script.main(arguments) == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr("slicing.experiment.measure.load_model", None)
+        assert script.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    code = f"import sys, mean_cut_accuracy_experiments as s; s.main({arguments!r}); print('torch' in sys.modules)"
+    started = time.perf_counter()
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert again.stdout == f"{first}False\n"
+    assert time.perf_counter() - started < 3
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize("changed", ["weights", "text", "point"])
+def test_a_finished_run_with_a_changed_file_is_looked_at_again(runs, measured, tmp_path, monkeypatch, changed):
+    own = Runs(tmp_path)
+    folder, _ = own.run("run", mean=0)
+    file = {
+        "weights": own.model / "model.safetensors",
+        "text": tmp_path / "text" / "test.txt",
+        "point": next((folder / "points").iterdir()),
+    }[changed]
+    state, content = file.stat(), bytearray(file.read_bytes())
+    if changed == "point":
+        file.unlink()
+    else:
+        content[-9:-1] = b"kettle a" if changed == "text" else bytes(8)
+        file.write_bytes(content)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # of the same size and time
+    assert script.main(own.arguments("run", mean=0)) == 0
+    assert measured == ["dense", "dense"]
