@@ -29,6 +29,7 @@ from slicing import count_parameters, load_model, perplexity, rotate_and_slice, 
 from slicing.experiment.measure import Bench
 from slicing.experiment.names import run_name
 from slicing.experiment.options import Options, check
+from slicing.experiment.repeat import STAMP
 from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error, read_results
 from slicing.experiment.store import RunFolder, is_saved_model
 from slicing.report.table import equal_size_summary
@@ -74,6 +75,7 @@ def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slici
     assert (first["kind"], first["base"], constant["base"], constant["amount"]) == ("dense", None, 0.3, 0)
     assert [point["base"] for point in dynamic] == pytest.approx([0.3 - 0.02 * k for k in range(1, 16)])
     assert {path.name for path in folder.iterdir()} == {
+        STAMP,
         "points",
         "results.csv",
         "results.json",
@@ -140,7 +142,8 @@ def test_the_same_command_again_measures_nothing_and_gives_the_same(runs, finish
 
 def test_a_run_that_goes_on_never_shortens_its_results(runs, monkeypatch):
     more = ("--compare", "equal-parameters")
-    _, first = runs.run("never-shorter", *more, step=0.15)
+    folder, first = runs.run("never-shorter", *more, step=0.15)
+    (folder / STAMP).unlink()  # without it the finished points are read one by one
     written: list[int] = []
     write = RunFolder.write_results
 
