@@ -14,6 +14,7 @@ import os
 from dataclasses import field
 from functools import cache, reduce
 from inspect import Parameter, getsource, signature, unwrap
+from itertools import combinations
 from textwrap import dedent
 from typing import Any, ClassVar, Self
 
@@ -270,8 +271,15 @@ class SlicedPreTrainedModel(OfFamily, PreTrainedModel):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the tensors under the names they have here: Transformers' renaming to the original checkpoints' names
-        (Mixtral's `.mlp.` to `.block_sparse_moe.`) would hit the shortcuts too."""
-        super().save_pretrained(save_directory, **({"save_original_format": False} | kwargs))
+        (Mixtral's `.mlp.` to `.block_sparse_moe.`) would hit the shortcuts too.
+
+        A model that the family's own config can describe is saved as the family's, without code (`plain_config`).
+        """
+        config = plain_config(self)
+        if config is None:
+            super().save_pretrained(save_directory, **({"save_original_format": False} | kwargs))
+        else:
+            _as_dense(self, config).save_pretrained(save_directory, **kwargs)
 
 
 class SlicedModel(SlicedPreTrainedModel):
@@ -355,6 +363,69 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
             table._is_hf_initialized = False
     for index, layer in enumerate(layers):
         layers[index] = of_family(SlicedLayer, layer.__class__)(layer, family, config, index, projected)
+
+
+# What configs call an inner width. A family may have several: of its MLPs and of its experts.
+_INNER_FIELDS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "mlp_hidden_size",
+    "intermediate_size_mlp",
+    "dense_intermediate_size",
+    "prefix_dense_intermediate_size",
+)
+
+
+def plain_config(model: SlicedPreTrainedModel) -> PretrainedConfig | None:
+    """The family's own config of a sliced model whose stream is not narrower, with the inner widths it has now.
+
+    None where there is no such config: a width is cut, or its inner widths differ where the family has one number for
+    them. Found by trying: the family's model of that config must have the same tensors.
+    """
+    config: SlicedConfig = model.config
+    if any(width < config.hidden_size for width in config.widths):
+        return None
+    family, dense = FAMILIES[config.dense_model_type], config.dense()
+    if config.inner_widths is None:
+        return dense
+    changed: dict[int, set[int]] = {}
+    for layer, width in zip(in_model(_empty(model, dense), family.layers), config.inner_widths, strict=True):
+        block = find_block(layer, family)
+        for own, _ in inner_matrices(layer, block).values() if block.mlp_out else ():
+            changed.setdefault(own, set()).add(width)
+    if any(len(widths) > 1 for widths in changed.values()):
+        return None
+    names = [name for name in _INNER_FIELDS if getattr(dense, name, 0) in (None, *changed)]
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for count in range(len(names), 0, -1):  # mostly all: an expert's width may happen to be a shared one's
+        for chosen in combinations(names, count):
+            found = copy.deepcopy(dense)
+            for name in chosen:
+                own = getattr(found, name) or max(changed)
+                setattr(found, name, *changed[own])
+            shapes = {name: tensor.shape for name, tensor in _empty(model, found).state_dict().items()}
+            if shapes == wanted:
+                return found
+    return None
+
+
+def _empty(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """The family's own model of a config, without memory."""
+    with torch.device("meta"):
+        found: PreTrainedModel = model.dense_class(copy.deepcopy(config))
+    return found
+
+
+def _as_dense(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """The family's own model that shares a sliced one's parameters."""
+    found = _empty(model, config)
+    found.load_state_dict(model.state_dict(), assign=True)
+    found.tie_weights()
+    found.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return found
 
 
 def in_model(model: PreTrainedModel, path: str) -> Any:

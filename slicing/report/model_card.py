@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slicing.experiment.results import Point, Results, dense_point
-from slicing.files import replacing
+from slicing.files import read_json, replacing
 from slicing.layouts import SHORTCUTS
 from slicing.report.origin import Origin, origin_of, public_command, public_name
 
@@ -23,6 +23,20 @@ et al. 2024), with a width for each layer by its redundancy (dynamic slicing, EM
 
 Widths, layer by layer: {widths}.
 {tasks}
+{use}
+
+## Licence
+
+{licence}
+
+## Made with
+
+```
+{command}
+```
+"""
+
+_SLICED = """\
 ## Loading
 
 ```python
@@ -52,18 +66,20 @@ QuantoConfig(weights="int4", modules_to_not_convert=keep)  # quanto
 GPTQModifier(targets="Linear", scheme="W4A16", ignore=[f"re:{{name}}" for name in keep])  # llm-compressor
 ```
 
-Kernels for four bits want widths that their groups divide: `--round-interval 64` or 128 makes such a model.
+Kernels for four bits want widths that their groups divide: `--round-interval 64` or 128 makes such a model."""
 
-## Licence
+_PLAIN = """\
+## Loading
 
-{licence}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-## Made with
-
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 ```
-{command}
-```
-"""
+
+This is a plain checkpoint of its family, with MLPs of another inner width and the hidden size as it was: it has no code
+and no shortcuts, so it loads, is quantised and is converted as the model that it was made of."""
 
 _OLDEST_TRANSFORMERS = "5.17"
 # Regular expressions from the beginning of a module's or a weight's name: the one form that all four tools understand.
@@ -123,8 +139,7 @@ def write_model_card(
         table=_table([("", ""), *rows]),
         widths=", ".join(map(str, widths)),
         tasks=_task_scores(tasks),
-        transformers=_OLDEST_TRANSFORMERS,
-        keep=UNQUANTISED,
+        use=_PLAIN if _is_plain(folder) else _SLICED.format(transformers=_OLDEST_TRANSFORMERS, keep=UNQUANTISED),
         licence=_licence(origin),
         command=command,
     )
@@ -155,6 +170,12 @@ def write_card(folder: str | Path, point: Point, results: Results) -> Path:
         command=public_command(),
         solved="; ".join(_solved(point)),
     )
+
+
+def _is_plain(folder: str | Path) -> bool:
+    """Whether a folder's config is a family's own, so that Transformers opens it without code."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and read_json(path).get("model_type") != "sliced"
 
 
 def _solved(point: Point) -> Iterator[str]:
