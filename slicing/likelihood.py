@@ -64,7 +64,7 @@ def window_nll(
     check_token_ids(windows, table.weight.shape[0])
     device = input_device(table)
     automatic = max(1, (32_768 if is_gpu(device) else 8_192) // windows.shape[1])
-    with evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.no_grad():  # quantisers' tensors know no inference mode
         check_causal(model)
         run = token_nll if head_runs_apart(model) else whole_nll
         if run is whole_nll:

@@ -67,7 +67,7 @@ class LayerRedundancy:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_redundancy(
     model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int | None = None, progress: bool = False
 ) -> LayerRedundancy:

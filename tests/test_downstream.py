@@ -1,5 +1,5 @@
 """Tools that people use on a model, tried on a sliced one as on the dense one; those that aren't installed are skipped
-(`docs/downstream.md` says which were tried, by `tests/downstream_table.py`)."""
+(`docs/downstream.md` says which were tried)."""
 
 from pathlib import Path
 from typing import Any

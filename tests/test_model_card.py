@@ -61,6 +61,16 @@ def test_the_card_says(tmp_path, said):
     assert said in card(tmp_path)
 
 
+def test_a_plain_checkpoint_needs_no_trust(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    said = card(tmp_path)
+    assert "plain checkpoint of its family" in said
+    assert "trust_remote_code" not in said
+    assert "Four bits" not in said
+    (tmp_path / "config.json").write_text('{"model_type": "sliced"}')
+    assert "trust_remote_code=True" in card(tmp_path)
+
+
 def test_what_is_not_known_is_said_to_be_unknown(tmp_path):
     text = card(tmp_path, origin=Origin("own"), slice_base=None, perplexity={"dense": None, "sliced": 1.0}, tasks={})
     assert "revision" not in text
