@@ -27,6 +27,7 @@ from tiny_models import (
     windows,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.aria import modeling_aria
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -41,7 +42,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 def known(case):
-    """Whether this release of Transformers has the case's model type."""
+    """Whether this release of Transformers has the case's model type, as the row means it."""
+    if case == "aria_text" and hasattr(modeling_aria, "AriaGroupedExpertsGemm"):
+        return False  # an older one's experts lie in modules of their own, and the row is refused
     return ALL[case][0] in CONFIG_MAPPING
 
 
@@ -56,7 +59,7 @@ def test_every_attention_and_every_mlp_of_every_family_is_that_of_a_tiny_model()
             block = find_block(layer, family)
             found.setdefault(name, set()).update((block.attention_in, block.mlp_in))
     assert found == wanted
-    assert found.keys() == FAMILIES.keys() & CONFIG_MAPPING.keys()
+    assert {name for name, _ in ALL.values()} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("case", OTHERS)

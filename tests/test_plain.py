@@ -40,7 +40,7 @@ def test_equal_inner_widths_are_saved_as_the_familys_own(case, tied, tmp_path):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not isinstance(plain, SlicedForCausalLM)
     assert count_parameters(plain) == count_parameters(sliced)
-    torch.testing.assert_close(logits(plain, windows()), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(plain, windows()), wanted, rtol=1e-4, atol=1e-4)
     assert load_config(str(tmp_path)).model_type == saved["model_type"]
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import CASES, LAYERS, VOCAB, family_of, logits, random_model, windows
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slicing.families import REFUSED, InputError
 from slicing.likelihood import window_nll
@@ -182,6 +183,8 @@ def test_lr_runs_for_any_family_whether_it_can_be_sliced_or_not(case):
 @pytest.mark.parametrize("case", NO_CHAIN)
 def test_lists_of_modules_that_are_no_chain_have_no_lr(case):
     settings, message = NO_CHAIN[case]
+    if case not in CONFIG_MAPPING:
+        pytest.skip("this release of Transformers does not have it")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case, **settings)).eval()
     with pytest.raises(InputError, match=f"has no layer redundancy: .*{message}"):

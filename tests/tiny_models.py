@@ -188,7 +188,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         _TOKENS | {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": 64},
     ),
     "codegen": ("codegen", _GPT | {"rotary_dim": 4}),
-    "cohere_compass_text": ("cohere_compass_text", _LLAMA | {"rope_parameters": _ROPES}),
+    "cohere_compass_text": (
+        "cohere_compass_text",
+        _LLAMA | {"rope_parameters": {name: rope | {"mrope_section": [2, 2, 2]} for name, rope in _ROPES.items()}},
+    ),
     # output norms
     "gemma2": ("gemma2", _LLAMA | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     **{name: (name, _LLAMA | {"head_dim": 12}) for name in ("olmo3", "exaone4", "glm4")},
