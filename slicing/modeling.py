@@ -380,7 +380,8 @@ _INNER_FIELDS = (
 
 
 def plain_config(model: SlicedPreTrainedModel) -> PretrainedConfig | None:
-    """The family's own config of a sliced model whose stream is not narrower, with the inner widths it has now.
+    """The family's own config of a sliced model whose stream is not narrower, with the inner widths it has now, and as
+    `sliced_from` the numbers in whose place they stand.
 
     None where there is no such config: a width is cut, or its inner widths differ where the family has one number for
     them. Found by trying: the family's model of that config must have the same tensors.
@@ -408,8 +409,24 @@ def plain_config(model: SlicedPreTrainedModel) -> PretrainedConfig | None:
                 setattr(found, name, *changed[own])
             shapes = {name: tensor.shape for name, tensor in _empty(model, found).state_dict().items()}
             if shapes == wanted:
+                before = {name: getattr(dense, name) for name in chosen}
+                found.sliced_from = before | getattr(dense, "sliced_from", {})  # of a model that was sliced before
                 return found
     return None
+
+
+def dense_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the model that was sliced to one with this config, plain or not; the config itself where none
+    was."""
+    dense = config.dense() if isinstance(config, SlicedConfig) else config
+    before = getattr(dense, "sliced_from", None)
+    if not isinstance(before, dict) or not before.keys() <= {*_INNER_FIELDS}:
+        return dense
+    dense = copy.deepcopy(dense)
+    for name, value in before.items():
+        setattr(dense, name, value)
+    del dense.sliced_from
+    return dense
 
 
 def _empty(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:

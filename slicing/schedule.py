@@ -124,12 +124,19 @@ def slice_widths(slices: Iterable[float], hidden_size: int, *, multiple: int = 8
 
 
 def inner_widths(
-    redundancy: Sequence[float], sizes: Sequence[int], *, mean: float, base: float, multiple: int = 8
+    redundancy: Sequence[float],
+    sizes: Sequence[int],
+    *,
+    mean: float,
+    base: float,
+    multiple: int = 8,
+    alike: bool = False,
 ) -> list[int]:
     """Inner width of each layer's MLP (length L) by the same schedule, `sizes` being the model's own (0: no MLP).
 
     FS as of the hidden size, over the layers that have an MLP; layers of one size are rounded together, as
-    `slice_widths` does. Raises InputError as both do, and where no layer has an MLP.
+    `slice_widths` does. alike: layers of one size and one FS get one width, the nearest multiple, so that a family's
+    config can say it. Raises InputError as both do, and where no layer has an MLP.
     """
     having = [i for i, size in enumerate(sizes) if size]
     if not having:
@@ -141,7 +148,10 @@ def inner_widths(
     widths = list(sizes)
     for size in {sizes[i] for i in having}:
         group = [i for i in having if sizes[i] == size]
-        found = slice_widths([slices[i] for i in group], size, multiple=multiple)
+        if alike:
+            found = [slice_widths([slices[i]], size, multiple=multiple)[0] for i in group]
+        else:
+            found = slice_widths([slices[i] for i in group], size, multiple=multiple)
         for i, width in zip(group, found, strict=True):
             widths[i] = width
     return widths

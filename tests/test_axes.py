@@ -65,8 +65,9 @@ def test_the_inner_width_alone_leaves_the_stream(runs):
         assert point["slices"] == [0.0] * LAYERS
         assert (point["base"], point["mean"]) == (point["inner_base"], point["inner_mean"])
     assert constant_point(results) is points[0]
+    assert points[0]["inner_widths"] == [0.75 * INNER] * LAYERS  # the multiple of 8 that is next to 0.7 of it
     assert points[0]["cut"] == pytest.approx(
-        0.3 * 3 * INNER * (3 * HIDDEN + 2) / results["model"]["parameters"], rel=0.1
+        0.25 * 3 * INNER * (3 * HIDDEN + 2) / results["model"]["parameters"], rel=0.1
     )
     (equal,) = [point for point in results["points"] if point["kind"] == "equal-parameters"]
     best = min(points[1:], key=lambda point: point["perplexity"])
@@ -125,6 +126,8 @@ def test_what_does_not_fit_is_told_in_one_line(runs, capsys, arguments, message)
 def test_inner_widths_by_size():
     vector = [0.0, 0.5, 1.0, 0.5]
     assert inner_widths(vector, [64, 0, 128, 64], mean=0.25, base=0.25) == [48, 0, 96, 48]
+    assert set(inner_widths(vector, [64] * 4, mean=0.3, base=0.3)) == {40, 48}
+    assert inner_widths(vector, [64, 0, 128, 64], mean=0.3, base=0.3, alike=True) == [48, 0, 88, 48]
     found = inner_widths(vector, [64] * 4, mean=0.25, base=0.0)
     assert found[0] == 64
     assert sum(found) == 192

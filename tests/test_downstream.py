@@ -1,12 +1,15 @@
 """Tools that people use on a model, tried on a sliced one as on the dense one; those that aren't installed are skipped
 (`docs/downstream.md` says which were tried)."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from tiny_models import VOCAB, logits, random_model, relative_error, windows
+from test_examples import example
+from tiny_models import HIDDEN, LAYERS, VOCAB, logits, random_model, relative_error, windows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import Parameter
 from transformers import (
@@ -20,6 +23,7 @@ from transformers import (
 
 from slicing.layouts import SHORTCUTS
 from slicing.likelihood import perplexity
+from slicing.modeling import count_parameters
 from slicing.report.model_card import UNQUANTISED
 from slicing.rotation import rotate_and_slice
 
@@ -239,3 +243,88 @@ def test_llm_compressor_runs_gptq_with_its_default_pipeline(folder, tmp_path):
     assert hasattr(layer.mlp.up_proj, "quantization_scheme")
     assert not hasattr(layer.mlp_shortcut, "quantization_scheme")
     assert relative_error(logits(model, windows(2)), logits(load(folder), windows(2))) < 0.2
+
+
+# ---- llama.cpp
+
+
+def inner_folder(case: str, inner: list[int], folder: Path, **settings: Any) -> PreTrainedModel:
+    """A model of which only MLPs are cut, as it is saved."""
+    dense = random_model(case, tied=True, dtype=torch.float32, **settings)
+    model = rotate_and_slice(dense, windows(60), [HIDDEN] * LAYERS, inner_widths=inner)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GGUF_CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
+    "equal": ("llama", [48, 48, 48], {}),
+    "by-layer": ("llama", [32, 48, 64], {}),
+    "scaled": ("llama", [32, 48, 64], {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    "window": ("mistral", [32, 48, 64], {}),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_inner_widths_by_layer_are_written_for_llama_cpp(name, tmp_path, capsys):
+    case, inner, settings = GGUF_CASES[name]
+    model = inner_folder(case, inner, tmp_path / "model", **settings)
+    file = tmp_path / "model.gguf"
+    assert example("to_gguf").main([str(tmp_path / "model"), str(file), "--dtype", "f32"]) == 0
+    assert f"inner width {'48' if name == 'equal' else '32 to 64'}" in capsys.readouterr().out
+    reader = gguf.GGUFReader(file)
+    arch = reader.fields["general.architecture"].contents()
+    assert arch == ("llama" if name == "equal" else "deci")
+    assert reader.fields[f"{arch}.feed_forward_length"].contents() == (48 if name == "equal" else inner)
+    assert reader.fields[f"{arch}.context_length"].contents() == (8 if name == "window" else 64)
+    assert [tensor.shape.tolist() for tensor in reader.tensors if "ffn_down.weight" in tensor.name] == [
+        [width, HIDDEN] for width in inner
+    ]
+    held = sum(tensor.n_elements for tensor in reader.tensors if tensor.name != "rope_freqs.weight")
+    assert held == count_parameters(model)
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_llama_cpp_gives_the_same_logits(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    llama_cpp = importlib.import_module("llama_cpp")
+    try:
+        llama_cpp.binding()
+    except (ImportError, OSError):
+        pytest.skip("no binding of llama.cpp that loads")
+    case, inner, settings = GGUF_CASES[name]
+    model = inner_folder(case, inner, tmp_path / "model", **settings)
+    assert example("to_gguf").main([str(tmp_path / "model"), str(tmp_path / "model.gguf"), "--dtype", "f32"]) == 0
+    found = llama_cpp.compare(model, str(tmp_path / "model.gguf"), windows(4)[:, :8])
+    assert found["difference"] < 1e-5 * found["largest"]
+    assert found["llama.cpp"] == pytest.approx(found["Transformers"], rel=1e-4)
+
+
+def test_a_tokenizer_is_taken_over_from_the_parents_file(tmp_path):
+    inner_folder("llama", [32, 48, 64], tmp_path / "model")
+    writer = gguf.GGUFWriter(tmp_path / "parent.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{index}" for index in range(VOCAB)])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    given = [str(tmp_path / "model"), str(tmp_path / "a.gguf"), "--tokenizer", str(tmp_path / "parent.gguf")]
+    assert example("to_gguf").main(given) == 0
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert fields["tokenizer.ggml.tokens"].contents()[-1] == f"w{VOCAB - 1}"
+
+
+def test_what_llama_cpp_has_no_place_for_is_one_line(folder, tmp_path, capsys):
+    parts = ("3 of 3 layers", "is a qwen2", ".gguf", "can't be read")
+    inner_folder("qwen2", [32, 48, 64], tmp_path / "qwen2")
+    to_gguf, out = example("to_gguf"), str(tmp_path / "a.gguf")
+    (tmp_path / "no.gguf").write_text("no")
+    assert to_gguf.main([str(folder), out]) == 2
+    assert to_gguf.main([str(tmp_path / "qwen2"), out]) == 2
+    assert to_gguf.main([str(folder), str(tmp_path / "a.bin")]) == 2
+    assert to_gguf.main([str(folder), out, "--tokenizer", str(tmp_path / "no.gguf")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert [part in line for part, line in zip(parts, said, strict=True)] == [True] * 4
+    assert not Path(out).exists()

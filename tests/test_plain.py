@@ -1,15 +1,21 @@
 """A result that the family's own config can describe is saved as a checkpoint of the family's: no code, no trust."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from test_saved_format import first_format
 from tiny_models import CASES, HIDDEN, INNER, LAYERS, family_of, logits, output_norms, random_model, windows
-from transformers import AutoModelForCausalLM
+from tiny_runs import VECTOR, Runs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slicing import perplexity, token_windows
 from slicing.inner import inner_sizes
 from slicing.loading import load_config
-from slicing.modeling import SlicedForCausalLM, count_parameters
+from slicing.modeling import SlicedForCausalLM, count_parameters, dense_config
+from slicing.report.labels import dense_labels
+from slicing.report.table import main as report
 from slicing.rotation import rotate_and_slice
 
 MANY = windows(60)
@@ -23,8 +29,13 @@ def with_inner(case: str, cut: int, **settings) -> SlicedForCausalLM:
     return rotate_and_slice(model, MANY, [HIDDEN] * LAYERS, inner_widths=fewer, refit=case != "llama")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("case", [case for case in CASES if not output_norms(case)])
+MORE = ("arcee", "nemotron", "persimmon", "glm", "gpt_neo", "gpt_bigcode", "xglm", "codegen", "olmoe", "jamba", "lfm2")
+
+
+@pytest.mark.parametrize(
+    ("case", "tied"),
+    [(case, tied) for case in CASES for tied in (False, True) if not output_norms(case)] + [(c, True) for c in MORE],
+)
 def test_equal_inner_widths_are_saved_as_the_familys_own(case, tied, tmp_path):
     sliced = with_inner(case, 4, tied=tied)
     wanted = logits(sliced, windows())
@@ -61,3 +72,72 @@ def test_a_model_of_which_nothing_is_cut_is_saved_as_it_was(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is type(model)
     torch.testing.assert_close(logits(again, windows()), logits(model, windows()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plain_checkpoint_that_is_cut_again_remembers_the_first_model(tmp_path):
+    with_inner("llama", 4).save_pretrained(tmp_path / "once")
+    once = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    rotate_and_slice(once, MANY, [HIDDEN] * LAYERS, inner_widths=[32] * LAYERS).save_pretrained(tmp_path / "twice")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert (twice.config.intermediate_size, dense_config(twice.config).intermediate_size) == (32, INNER)
+    stream = rotate_and_slice(once, MANY, [32] * LAYERS)
+    assert dense_config(stream.config).intermediate_size == INNER
+
+
+# ---- through the second script
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("plain"))
+
+
+def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(runs, tmp_path, capsys):
+    """0.3 of 64 neurons is no multiple of 8: all layers get the nearest one."""
+    more = ("--inner-mean", "0.3", "--vector-cut", *VECTOR, "--save-model", "all", "--calibration-samples", "60")
+    folder, results = runs.run("inner", *more, mean=0, step=0.3)
+    _, constant, dynamic = results["points"]
+    assert (constant["base"], constant["inner_widths"]) == (0.3, [48] * LAYERS)
+    (plain,) = (folder / "models").glob("SB_0.3000-*")
+    (coded,) = (folder / "models").glob("SB_0.0000-*")
+    assert len(set(dynamic["inner_widths"])) > 1
+    assert (coded / "modeling.py").exists()
+    assert not list(plain.glob("*.py"))
+    assert "plain checkpoint" in (plain / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    assert count_parameters(model) == constant["parameters"]
+    test = token_windows(runs.text, AutoTokenizer.from_pretrained(plain), split="test", length=16)
+    assert perplexity(model, test, progress=False) == pytest.approx(constant["perplexity"], rel=1e-5)
+    for saved in (plain, coded):
+        for file in saved.iterdir():  # what is pushed tells nothing of this machine
+            assert str(runs.folder).encode() not in file.read_bytes(), file.name
+    for saved, point in ((plain, constant), (coded, dynamic)):
+        assert_named(runs, saved, point, results, tmp_path, capsys)
+
+
+def test_folders_of_either_format_are_measured_again_as_what_they_are(runs, tmp_path, capsys):
+    folder, results = runs.run("stream", "--save-model", "best", step=0.3)
+    (saved,) = (folder / "models").iterdir()
+    best = min(results["points"][1:], key=lambda point: point["perplexity"])
+    first_format(saved, tmp_path / "old")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved / name, tmp_path / "old" / name)
+    for each in (saved, tmp_path / "old"):
+        assert_named(runs, each, best, results, tmp_path, capsys)
+
+
+def assert_named(runs, saved, point, results, tmp_path, capsys) -> None:
+    """A saved model, measured by the second script and tabled by the report, is a sliced one with its true cut."""
+    folder, again = runs.run(f"{results['seed']}-{saved.name}", "--model", str(saved), mean=0)
+    (alone,) = again["points"]
+    assert again["model"]["parameters"] == results["model"]["parameters"]
+    assert (alone["parameters"], alone["cut"]) == (point["parameters"], point["cut"])
+    assert alone["perplexity"] == pytest.approx(point["perplexity"], rel=1e-5)
+    assert point["cut"] > 0.01
+    capsys.readouterr()
+    for form in ("text", "markdown", "latex", "csv"):
+        assert report([str(folder), "--format", form, "--output", str(tmp_path), "--wide"]) == 0
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if "sliced model" in line]
+        cut = f"{point['cut']:.1%}".replace("%", r"\%") if form == "latex" else f"{point['cut']:.1%}"
+        assert (str(point["cut"]) if form == "csv" else cut) in row
+    assert "sliced model" in dense_labels([again])[0]

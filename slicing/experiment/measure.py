@@ -26,7 +26,7 @@ from slicing.flags import values_for
 from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
 from slicing.metric import GRADIENT_WINDOWS
-from slicing.modeling import count_parameters
+from slicing.modeling import count_parameters, dense_config
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import check_sliceable, rotate_and_slice, slice_with_bases
 from slicing.task_content import task_content
@@ -352,7 +352,8 @@ class Bench:
 
 def _dense_parameters(model: PreTrainedModel) -> int:
     """Unique parameters of the dense model: of one that was sliced before, by the config it was made of."""
-    if model.config.model_type != "sliced":
+    dense = dense_config(model.config)
+    if dense is model.config:
         return count_parameters(model)
     with torch.device("meta"):
-        return count_parameters(AutoModelForCausalLM.from_config(model.config.dense()))
+        return count_parameters(AutoModelForCausalLM.from_config(dense))

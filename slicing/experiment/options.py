@@ -223,7 +223,8 @@ class Checked:
         widths = slice_widths(slices, self.hidden_size, multiple=multiple)
         if not options.inner_mean:
             return Target(kind, mean, base, slices, widths, calibration)
-        neurons = inner_widths(vector, self.inner_sizes, mean=inner[0], base=inner[1], multiple=multiple)
+        alike = not options.mean and base == mean and kind != "equal-parameters"  # a plain checkpoint is possible
+        neurons = inner_widths(vector, self.inner_sizes, mean=inner[0], base=inner[1], multiple=multiple, alike=alike)
         return Target(kind, mean, base, slices, widths, calibration, *inner, neurons)
 
     def highest_mean(self) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from slicing.experiment.names import short_model_name, shown, text_name
-from slicing.experiment.results import Results, is_accuracy
+from slicing.experiment.results import Results, dense_point, is_accuracy
 from slicing.report.settings import SETTINGS
 
 TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
@@ -15,8 +15,10 @@ def model_name(results: Results) -> str:
 
 
 def is_sliced_model(results: Results) -> bool:
-    """Whether the model of the run was a sliced one from the beginning, which is evaluated and not sliced again."""
-    return bool(results["model"]["model_type"] == "sliced")
+    """Whether the model of the run was a sliced one from the beginning: by its type, or, where it is saved as a plain
+    checkpoint of its family, by what it lacks of the model that it was made from."""
+    found = dense_point(results)
+    return bool(results["model"]["model_type"] == "sliced" or (found is not None and found["cut"] != 0))
 
 
 def text_label(results: Results) -> str:
