@@ -25,7 +25,10 @@ _SCALE = re.compile(
 )
 # Parts beside the text model that its own class leaves out.
 _BESIDE = re.compile(r"(^|\.)(pooler|vision\w*|visual|audio\w*|image\w*|multi_modal\w*|\w*projector|mtp\w*)\.")
-_INTEGERS = re.compile(r"[IU](8|16|32|64)$")  # safetensors' names of integer dtypes
+_NUMBERS = re.compile(
+    r"F16|BF16|F32|F64|F8_E[45]M[32]\w*"
+)  # safetensors' names of dtypes that weights can be cast from
+_WEIGHT = re.compile(r"(weight|bias|_proj)$")  # the last one of experts in one tensor
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ def check_files(folder: Path, *, chosen: str | None = None) -> None:
         why = f"it has {present[0]}, but no {SINGLE} or {INDEX}" if present else NO_SAFETENSORS
         raise InputError(f"the weights of {str(folder)!r} can't be read: {why}")
     for name in sorted(listed):
-        _check_integers(folder / name)
+        _check_dtypes(folder / name)
     others = [name for name in present if name not in listed]
     if others:
         log.warning("%s: %s is read, not %s", folder, ", ".join(sorted(listed)[:3]), ", ".join(others[:3]))
@@ -134,19 +137,20 @@ def _two_sets(folder: Path, one: str, other: str) -> InputError:
     )
 
 
-def _check_integers(file: Path) -> None:
-    """Refuse weights that are integers: without their scales they are no numbers of a model."""
+def _check_dtypes(file: Path) -> None:
+    """Refuse weights that are integers, truth values or packed: without their scales they are no numbers of a model."""
     try:
         with file.open("rb") as stream:
             header: Any = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)))
         kinds = {key: str(entry.get("dtype")) for key, entry in header.items() if key != "__metadata__"}
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # reading says so
-    found = sorted(key for key, kind in kinds.items() if key.endswith("weight") and _INTEGERS.match(kind))
+    weights = [key for key in sorted(kinds) if _WEIGHT.search(key) and not _LEFTOVER.search(key)]
+    found = [key for key in weights if not _NUMBERS.fullmatch(kinds[key])]
     if found:
         raise InputError(
-            f"{len(found)} weights in {str(file)!r} are integers, such as {found[0]!r} ({kinds[found[0]]}): it is"
-            " quantised; slice the original and quantise the result"
+            f"{len(found)} weights in {str(file)!r} are integers or packed, such as {found[0]!r} ({kinds[found[0]]}):"
+            " it is quantised; slice the original and quantise the result"
         )
 
 

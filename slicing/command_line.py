@@ -7,9 +7,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from slicing.families import InputError
 from slicing.files import local_path
@@ -53,13 +53,55 @@ class Screen:
     def close(self) -> None:
         """Say that lines were not printed: BrokenPipeError, or InputError with the reason."""
         if self.error is not None:
-            _drop_output()
+            _drop(sys.stdout)
             if isinstance(self.error, BrokenPipeError):
                 raise self.error
             why = f"stdout can't be written ({self.error.strerror})"
             raise InputError(
                 f"{why}: what goes into files is there, and the same command prints it again"
             ) from self.error
+
+
+class _Stderr:
+    """stderr as long as somebody reads it: what can't be written is dropped, and no bar or note ends the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            self._stream.write(text)
+        except OSError:  # a closed pipe or terminal, a full disk
+            _drop(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError:
+            _drop(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Make stdout and stderr be there, and stderr one that never fails."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller (`>&-`): the next file that is opened would get what others print
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    out, err = (open(os.devnull, "w") if stream is None else stream for stream in before)  # noqa: SIM115
+    sys.stdout, sys.stderr = out, _Stderr(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _in_coding(line: str, coding: str | None) -> str:
@@ -78,14 +120,20 @@ def _can_show(text: str, coding: str | None) -> bool:
     return True
 
 
-def _drop_output() -> None:
-    """Send what Python flushes at its end nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: Any) -> None:
+    """Send what is written from now on, and what Python flushes at its end, nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def exit_code(run: Callable[[], None], interrupted: str) -> int:
     """Do a script's work: 0, 2 after one line on stderr for bad input, 130 after `interrupted` for Ctrl-C, 128 and the
     signal's number after it for a closed terminal or an end from outside, and 1 where nobody reads the output."""
+    with _streams():
+        return _exit_code(run, interrupted)
+
+
+def _exit_code(run: Callable[[], None], interrupted: str) -> int:
     ended_by = []
 
     def end(number: int, _: object) -> None:
@@ -101,23 +149,21 @@ def exit_code(run: Callable[[], None], interrupted: str) -> int:
         run()
         sys.stdout.flush()
     except InputError as error:
-        _complain(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # of a checkpoint's or a task's own code: the scripts have none
+        print(f"error: code of the model's or a task's own ended the program ({error.code!r})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        _complain(interrupted)
+        print(interrupted, file=sys.stderr)
         return 128 + (ended_by[0] if ended_by else signal.SIGINT)
     except BrokenPipeError:
-        _drop_output()
+        _drop(sys.stdout)
         return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
-
-
-def _complain(line: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that was closed
-        print(line, file=sys.stderr)
 
 
 def check_output(flag: str, file: str | None, endings: tuple[str, ...]) -> None:

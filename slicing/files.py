@@ -121,10 +121,22 @@ def _sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; ValueError for numbers that are not finite."""
-    text = json.dumps(content, indent=1, allow_nan=False)
+    """Write a JSON file. InputError where the file system says no, and for a number that is not finite, by place."""
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"can't write {path}: {_not_finite(content)} is no finite number") from error
     with replacing(path) as partial:
         partial.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _not_finite(content: Any, place: str = "") -> str | None:
+    """The first number that is not finite: its place and what it is."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return f"{place} ({content})"
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    found = (_not_finite(part, f"{place}[{name!r}]") for name, part in parts)
+    return next(filter(None, found), None)
 
 
 def read_json(path: Path) -> Any:

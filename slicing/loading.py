@@ -223,12 +223,23 @@ def _register_sliced() -> None:
 
 
 def _auto_config(name: str, folder: str, **options: Any) -> "PretrainedConfig":
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **options)
+        text = config.get_text_config(decoder=True)
     except Exception as error:  # a config.json can hold anything, and its classes check it in many ways
         raise InputError(why(f"the model {name!r} can't be used", error)) from error
+    own = getattr(config, "auto_map", None)
+    for what, good in (
+        ("a text config", isinstance(text, PreTrainedConfig)),
+        ("an auto_map", own is None or type(own) is dict),
+    ):
+        if not good:
+            raise InputError(
+                f"the model {name!r} can't be used: config.json has {what} that is none of a {config.model_type}"
+            )
+    return config
 
 
 def _put_aside_outputs(config: "PretrainedConfig") -> None:

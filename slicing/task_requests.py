@@ -97,7 +97,7 @@ def build_requests(tasks: TaskSet, limit: int | None, num_fewshot: int | None, s
                 try:
                     task.build_all_requests(limit=limit, rank=0, world_size=1)
                     built.instances[name] = list(task.instances)
-                except Exception as error:  # the functions are the task's own
+                except (Exception, SystemExit) as error:  # the functions are the task's own
                     built.failures[name] = reason_of(error)
         tasks.built = built
     requests: Requests = tasks.built

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,9 @@ class TaskSet:
             for name in self.names:
                 item = _build(self.manager, name)
                 parts = item if isinstance(item, list) else [item]  # a tag is a list of tasks
+                if not any(map(_leaf_names, parts)):
+                    where = _file_of(self.manager.task_index, name)
+                    raise InputError(f"the group {name} has no tasks: mend {where}, or leave it out")
                 built += parts
                 for part in parts:
                     leaves = _leaf_names(part)
@@ -240,7 +244,7 @@ def _build(manager: Any, name: str) -> Any:
     try:
         with _seeded():
             found = manager.load([name])
-    except Exception as error:  # a task's file and functions can raise anything
+    except (Exception, SystemExit) as error:  # a task's file and functions can raise anything
         raise _refusal(manager, name, error) from error
     return found["groups"].get(name) or found["tasks"].get(name) or list(found["tasks"].values())
 
@@ -254,11 +258,11 @@ def _prepare(manager: Any, name: str, task: Any) -> None:
         try:
             with _seeded():
                 _ = task.eval_docs
-        except Exception as error:  # the function is the task's own
+        except (Exception, SystemExit) as error:  # the function is the task's own
             raise _refusal(manager, name, error) from error
 
 
-def _refusal(manager: Any, name: str, error: Exception) -> InputError:
+def _refusal(manager: Any, name: str, error: BaseException) -> InputError:
     """What to raise for a task that lm-eval can't load; of a group or tag the member that fails is named."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
@@ -267,10 +271,11 @@ def _refusal(manager: Any, name: str, error: Exception) -> InputError:
     for member in [] if entry is None else [*_members(entry), *sorted(entry.tags if entry.yaml_path is None else ())]:
         try:
             manager.load([member])
-        except Exception as inner:  # the same as before
+        except (Exception, SystemExit) as inner:  # the same as before
             return _refusal(manager, member, inner)
     # RuntimeError: data sets that are scripts; ValueError: another part of the data set is in the cache.
-    said = {RuntimeError: "script", ValueError: "cache"}.get(type(error))
+    kinds: dict[type[BaseException], str] = {RuntimeError: "script", ValueError: "cache"}
+    said = kinds.get(type(error))
     if isinstance(error, (OSError, DatasetsError, HfHubHTTPError)) or (said is not None and said in str(error)):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return InputError(
@@ -282,9 +287,12 @@ def _refusal(manager: Any, name: str, error: Exception) -> InputError:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of somebody else's code in one line: its kind and what it says."""
+    """An error of somebody else's code in one line: its kind and what it says, or else where it arose."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    if text:
+        return f"{type(error).__name__}: {text[:200]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} in {frames[-1].name}" if frames else type(error).__name__
 
 
 @contextlib.contextmanager

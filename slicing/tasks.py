@@ -42,9 +42,9 @@ def evaluate_tasks(
     seed: of Python, NumPy, PyTorch and the choice of examples; None: lm-eval's own (0, 1234, 1234, 1234).
 
     The global seeds are set, as lm-eval does; model and tokenizer are left as they were. A group (mmlu) is reported as
-    its aggregate. A task that fails, in its functions or its metrics, has the value None and the reason; where the
-    model fails in every task, its error is raised. Raises InputError for documents that can't be loaded, for token ids
-    outside the model's vocabulary and for a batch that does not fit.
+    its aggregate. A task that fails, in its functions, its metrics or the model's forward, has the value None and the
+    reason; where a GPU fails in every task, its error is raised. Raises InputError for documents that can't be loaded,
+    for token ids outside the model's vocabulary and for a batch that does not fit.
     """
     if limit is not None and limit < 1:
         raise InputError(f"the limit of documents is {limit}: it must be at least 1")
@@ -112,9 +112,16 @@ def _answers(
             except Exception as error:  # the same
                 failures[name] = reason_of(error)
                 failed = error
-        if isinstance(failed, RuntimeError) and len(failures) == len(instances):
-            raise failed from None  # the model's, not a task's
+        if len(failures) == len(instances) and _is_of_device(failed):
+            raise failed from None  # another time there may be scores
         return found, failures
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether a GPU or its libraries failed: that is no score of a task, and nothing runs there any more."""
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("CUDA", "CUBLAS", "CUDNN", "NCCL", "HIP", "MPS")
+    )
 
 
 def _ask(wrapper: Any, requests: Sequence[Any]) -> _Answers:
@@ -161,7 +168,7 @@ def _evaluated(task: Any, requests: Sequence[Any], answers: _Answers, limit: int
         only = {"tasks": {task.task_name: task}}
         results = evaluate(lm=_Answered(answers), task_dict=only, limit=limit, log_samples=False)
         return task_score(results["results"][task.task_name], _by_metric(of_documents, requests[0].filtered_resps))
-    except Exception as error:  # functions and metrics are the task's own
+    except (Exception, SystemExit) as error:  # functions and metrics are the task's own
         return no_score(reason_of(error))
     finally:
         del task.build_all_requests, task.process_results

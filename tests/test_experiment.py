@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, windows
 from tiny_runs import REPOSITORY, TASKS, Runs, comparable, write_model, write_text
+from transformers import PreTrainedModel
 
 import calculate_LR
 import mean_cut_accuracy_experiments as script
@@ -722,6 +723,21 @@ def test_a_full_disk_while_a_model_is_saved_costs_no_point(runs, measured, capsy
     runs.run(f"full-{which}", "--save-model", which, step=0.3)
     assert measured == ["dense", "sweep", "sweep"]
     assert all(map(is_saved_model, (folder / "models").iterdir()))
+
+
+def test_a_fault_of_the_program_while_a_model_is_saved_keeps_its_traceback_and_the_point(runs, measured, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *_, **__: {}["x"])
+    with pytest.raises(KeyError):
+        script.main(runs.arguments("fault", "--save-model", "all", step=0.3))
+    assert measured == ["dense", "sweep"]
+    assert len(list(runs.folder.glob("fault/*/points/*.json"))) == 2
+
+
+def test_models_are_not_saved_below_a_name_that_safetensors_can_not_write(runs, measured, capsys):
+    for more, code in ((("--save-model", "best"), 2), (("--quiet",), 0)):
+        assert script.main(runs.arguments("odd-\udce9", *more, step=0.3)) == code
+        assert measured == ([] if code else ["dense", "sweep", "sweep"])
+    assert re.search(r"^error: --output-dir is .*in UTF-8 only; choose another", capsys.readouterr().err, re.M)
 
 
 # ---- the vector

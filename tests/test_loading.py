@@ -343,6 +343,8 @@ REJECTED: list[tuple[dict[str, object], str]] = [
     ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "nonsense"),
     ({"num_hidden_layers": 0}, "config.json says num_hidden_layers 0"),
     ({"dtype": "float8_e4m3fn"}, "config.json says dtype float8_e4m3fn, .* choose --dtype float32"),
+    ({"text_config": {"hidden_size": 3}}, "config.json has a text config that is none of a llama"),
+    ({"auto_map": "own.Own"}, "config.json has an auto_map that is none of a llama"),
     ({"dtype": "int8"}, "config.json says dtype int8, .* choose --dtype float32"),
     ({"dtype": "nonsense"}, "can't be used"),
     ({"intermediate_size": -3}, "can't be used"),
@@ -465,6 +467,11 @@ def integers(folder: Path) -> None:
     add(folder, **{f"{name}.weight": (weight * 99).to(torch.int8), f"{name}.SCB": torch.ones(48)})
 
 
+def truth_values(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    add(folder, **{name: load_file(folder / "model.safetensors")[name] > 0})
+
+
 def fewer_layers(folder: Path) -> None:
     change_config(folder, num_hidden_layers=1)
 
@@ -500,7 +507,8 @@ DAMAGES = [
         scale,
         "are quantised, though config.json does not say so: 1 tensors say .* 'model.layers.0.mlp.up_proj.",
     ),
-    (integers, "1 weights in .* are integers, such as 'model.layers.0.mlp.up_proj.weight' .I8."),
+    (integers, "1 weights in .* are integers or packed, such as 'model.layers.0.mlp.up_proj.weight' .I8."),
+    (truth_values, "1 weights in .* are integers or packed, such as 'model.layers.0.mlp.up_proj.weight' .BOOL."),
     (fewer_layers, r"not used, such as 'model.layers.1.*describes another model than the weights \(1 layers, Llama"),
     (bias, "1 tensors of .* are not used, such as 'lm_head.bias'"),
     (position_table, "1 tensors of .* are not used, such as 'model.embed_positions.weight'"),

@@ -822,8 +822,8 @@ def test_a_sliced_model_is_not_called_dense(tmp_path):
     assert "sliced model" in (tmp_path / "a.csv").read_text()
 
 
-def test_figures_need_neither_a_notebooks_backend_nor_latex(run, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")
+def test_figures_need_neither_a_notebooks_backend_nor_a_good_matplotlibrc(run, tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\nfont.size: 40\n# caf\xe9\n")
     environment = {"MPLBACKEND": "module://no_such_package.backend", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
     command = [sys.executable, "-m", "slicing.report", str(save(run, tmp_path / "run"))]
     subprocess.run(

@@ -372,8 +372,32 @@ def test_output_that_nobody_reads_ends_without_a_traceback(tmp_path):
     assert (done.stdout, done.stderr) == ("x", "1\n")
 
 
+def test_streams_that_the_caller_has_closed_are_no_error_and_no_file_takes_their_place(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from slicing.command_line import Screen, exit_code
+def run():
+    with Path(sys.argv[1]).open("w") as file:
+        assert file.fileno() > 2
+        Screen().show("x")
+        print("y", file=sys.stderr)
+        file.write("z")
+sys.exit(exit_code(run, ""))
+"""
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(tmp_path / "a")]
+    assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0
+    assert (tmp_path / "a").read_text() == "z"
+
+
+def test_a_program_that_foreign_code_ends_ends_with_one_line(capsys):
+    assert exit_code(lambda: sys.exit(5), "") == 2
+    assert capsys.readouterr().err == "error: code of the model's or a task's own ended the program (5)\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
-def test_a_terminal_that_is_closed_costs_no_point(run, shared, here, monkeypatch, capfd, error):
+def test_a_terminal_that_is_closed_costs_no_point(run, shared, here, monkeypatch, capfd, error, stream):
     shown = []
 
     class Closed:
@@ -388,12 +412,16 @@ def test_a_terminal_that_is_closed_costs_no_point(run, shared, here, monkeypatch
         def fileno(self) -> int:
             return os.open(os.devnull, os.O_WRONLY)
 
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, stream, Closed())
     monkeypatch.setattr("slicing.report.table.plot_sweep", lambda *_: None)
     monkeypatch.setattr("slicing.report.table.plot_redundancy", lambda *_: None)
-    code = sweep.main(sweep_arguments(shared, "--step", "0.3", "--quiet"))
-    assert len(shown) == 1
-    assert code == (1 if isinstance(error, BrokenPipeError) else 2)
+    code = sweep.main(sweep_arguments(shared, "--step", "0.3"))
+    if stream == "stdout":
+        assert len(shown) == 1
+        assert code == (1 if isinstance(error, BrokenPipeError) else 2)
+    else:
+        assert shown
+        assert code == 0
     assert len(list(here.glob("results/*/points/*.json"))) == 3
     assert len(list(here.glob("results/*/results.csv"))) == 1
 

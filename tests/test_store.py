@@ -139,6 +139,14 @@ def test_a_number_beyond_a_double_is_no_number_of_a_file(tmp_path, number):
         read_json(tmp_path / "a.json")
 
 
+def test_a_number_that_is_not_finite_is_not_written_and_its_place_is_said(tmp_path):
+    with pytest.raises(
+        InputError, match=r"can't write .*a.json: \['points'\]\[1\]\['nll'\] \(inf\) is no finite number"
+    ):
+        write_json(tmp_path / "a.json", {"points": [{"nll": 1.0}, {"nll": float("inf")}]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_byte_order_mark_before_json_is_no_damage(tmp_path):
     (tmp_path / "a.json").write_text('{"normalised": [0, 0.5, 1]}', encoding="utf-8-sig")
     assert read_json(tmp_path / "a.json") == {"normalised": [0, 0.5, 1]}

@@ -54,6 +54,14 @@ DAMAGED: dict[str, tuple[dict[str, str], str]] = {
     "an unknown output type": ({"output_type": "telepathy"}, "ValueError: .*invalid output_type 'telepathy'"),
     "an unknown setting": ({"colour": "red"}, "TypeError: .*unexpected keyword argument 'colour'"),
     "no documents": ({"dataset_kwargs": "{data_files: {test: empty.jsonl}}"}, "IndexError: "),
+    "a function that ends the program": (
+        {"doc_to_text": "!function own.text", "code": "def text(document):\n    exit('a key is needed')"},
+        "SystemExit: a key is needed",
+    ),
+    "no words for an error": (
+        {"doc_to_text": "!function own.text", "code": "def text(document):\n    raise TypeError"},
+        "TypeError in text",
+    ),
 }
 
 
@@ -79,6 +87,9 @@ def test_groups_of_unknown_tasks_or_of_themselves_are_refused(folder: Path) -> N
     (folder / "gaps.yaml").write_text("group: gaps\ntask: [tiny_endings, qqqq]\n")
     with pytest.raises(InputError, match=r"group gaps names the task 'qqqq', which is unknown: mend .*gaps\.yaml"):
         resolve_tasks(["gaps"], folder)
+    (folder / "empty.yaml").write_text("group: empty\ntask: []\n")
+    with pytest.raises(InputError, match=r"the group empty has no tasks: mend .*empty\.yaml"):
+        _ = resolve_tasks(["empty"], folder).loaded
     (folder / "one.yaml").write_text("group: one\ntask: [two]\n")
     (folder / "two.yaml").write_text("group: two\ntask: [one]\n")
     with pytest.raises(InputError, match=r"group one contains itself \(one > two > one\): mend .*one\.yaml"):
@@ -226,13 +237,24 @@ def test_a_group_whose_tasks_lack_its_metric_has_their_scores(folder: Path, read
     assert score["subtasks"] == {name: part["value"] for name, part in alone.items()}
 
 
-def test_an_error_of_the_model_is_no_score(reader: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.mark.parametrize("reason", ["CUDA error: an illegal memory access", "the probabilities are not finite"])
+def test_a_model_that_fails_has_no_score_and_a_gpu_that_fails_ends_the_evaluation(
+    reader: Any,  # noqa: F811
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("a card fell out")
+        raise RuntimeError(reason)
 
     monkeypatch.setattr(reader.model, "forward", broken)
-    with pytest.raises(RuntimeError, match="a card fell out"):
-        evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_group"], TASKS), progress=False)
+    tasks = resolve_tasks(["tiny_endings", "tiny_colours"], TASKS)
+    if reason.startswith("CUDA"):
+        with pytest.raises(RuntimeError, match=reason):
+            evaluate_tasks(reader, tokenizer, tasks, progress=False)
+        return
+    scores = evaluate_tasks(reader, tokenizer, tasks, progress=False)
+    assert {(score["value"], score["reason"]) for score in scores.values()} == {(None, f"RuntimeError: {reason}")}
 
 
 def test_requests_are_built_once_for_all_models(reader: Any, tokenizer: Any) -> None:  # noqa: F811

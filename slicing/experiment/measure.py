@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slicing.bases import Bases, dense_bases
@@ -342,7 +343,10 @@ class Bench:
             with new_folder(folder, is_saved_model) as partial:
                 model.save_pretrained(partial)
                 self.tokenizer.save_pretrained(partial)
-        except Exception as error:  # full disks come as OSError, SafetensorError, and `tokenizers`' bare Exception
+        except Exception as error:
+            # a full disk comes as OSError, as SafetensorError, and as a bare Exception of `tokenizers`
+            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+                raise
             why = " ".join(str(error).split())[:200]
             raise InputError(
                 f"can't save the sliced model as {folder} ({why}): make room, and the same command goes on; the points"

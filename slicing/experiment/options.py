@@ -278,6 +278,10 @@ def check(options: Options) -> Checked:
             )
         if chosen and options.find_base:
             raise InputError(f"{flag} can't be searched with --find-base, which goes by one calibration: sweep instead")
+    if options.save_model != "none" and not _in_utf8(options.output_dir):
+        raise InputError(
+            f"--output-dir is {options.output_dir!r}: safetensors writes below names in UTF-8 only; choose another"
+        )
     if options.metric == "gradient" and options.mean == 0 and options.inner_mean > 0:
         raise InputError(
             "--metric gradient is of the bases of the hidden size, which --mean 0 leaves alone: leave it out"
@@ -368,6 +372,13 @@ def check(options: Options) -> Checked:
     test = test[: options.perplexity_samples]
     windows_of = (test, calibration, validation, redundancy)
     return Checked(options, config, vector, source, tasks, *windows_of, tuple(notes), sizes)
+
+
+def _in_utf8(name: str) -> bool:
+    try:
+        return name.encode() is not None
+    except UnicodeEncodeError:  # a byte of another coding
+        return False
 
 
 def _highest_cut(options: Options, hidden_size: int) -> float:

@@ -77,12 +77,14 @@ def own_settings() -> Iterator[None]:
     Figures that are written to files need no backend: a notebook's, which MPLBACKEND passes on to processes that may
     not have it, would make the import fail.
     """
-    backend = os.environ.pop("MPLBACKEND", None)
+    names = ("MPLBACKEND", "MATPLOTLIBRC")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ["MATPLOTLIBRC"] = os.devnull  # one that can't be read would make the import fail as well
     try:
         import matplotlib
     finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+        del os.environ["MATPLOTLIBRC"]
+        os.environ.update(before)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams["text.parse_math"] = False
