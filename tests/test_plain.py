@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from test_saved_format import first_format
 from tiny_models import CASES, HIDDEN, INNER, LAYERS, family_of, logits, output_norms, random_model, windows
 from tiny_runs import VECTOR, Runs
@@ -108,6 +109,8 @@ def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(
     assert count_parameters(model) == constant["parameters"]
     test = token_windows(runs.text, AutoTokenizer.from_pretrained(plain), split="test", length=16)
     assert perplexity(model, test, progress=False) == pytest.approx(constant["perplexity"], rel=1e-5)
+    lm = HFLM(pretrained=str(plain), device="cpu")
+    assert torch.equal(lm._model_call(test[:1]), logits(model, test[:1]))
     for saved in (plain, coded):
         for file in saved.iterdir():  # what is pushed tells nothing of this machine
             assert str(runs.folder).encode() not in file.read_bytes(), file.name

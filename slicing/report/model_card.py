@@ -51,7 +51,8 @@ read them first. They need Transformers {transformers} or newer. lm-eval evaluat
 `lm_eval run --model hf --model_args pretrained=path/of/this/folder,trust_remote_code=True --tasks ...`.
 
 GGUF converters (llama.cpp, Ollama) can't read this folder: their formats have one hidden size for all layers and no
-shortcuts.
+shortcuts. Where all widths above are the full one and only the MLPs are cut, `examples/to_gguf.py` of the code that
+made it writes a GGUF file.
 
 ## Four bits
 
