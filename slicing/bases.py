@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.batches import check_weights, evaluation_mode
@@ -22,6 +21,7 @@ from slicing.metric import Metric, damped, gradient_metric, metric_basis, obliqu
 from slicing.modeling import find_block, is_parallel, part
 from slicing.output_norms import unit_outputs
 from slicing.pca import Basis, Covariance, leading_eigenvectors
+from slicing.progress import Progress, counted
 
 METRICS = ("pca", "gradient")
 MIDDLE_WEIGHT = 3.0  # of the covariance between attention and MLP, in the one basis of a layer (rotations=1)
@@ -93,7 +93,7 @@ def dense_bases(
     batch_size: int | None = None,
     device: torch.device | None = None,
     folder: Path | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Bases:
     """One calibration for every width: the bases of the unsliced model's signals.
 
@@ -110,7 +110,7 @@ def dense_bases(
         finder = BasisFinder(stream.buffer.shape[-1], None, stream.centred, gradients)
         layers = len(part(model, family.layers))
         pairs = find_bases(stream, model, family, rotations, finder)
-        for basis, middle in tqdm(pairs, total=layers, desc="bases", disable=not progress):
+        for basis, middle in counted(pairs, progress, "bases", layers, "layer"):
             assert basis is not None
             assert middle is not None
             found.inputs.append(_kept(basis.decoder, folder))
@@ -152,7 +152,7 @@ def find_metric(
     windows: torch.Tensor,
     batch_size: int | None,
     device: torch.device | None,
-    progress: bool,
+    progress: Progress,
 ) -> Metric | None:
     """The metric of that name, "pca" (none) or "gradient"."""
     if name not in METRICS:

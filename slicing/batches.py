@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from slicing.families import InputError
+from slicing.progress import Progress, piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ def in_batches(
     batch_size: int | None,
     automatic: int,
     name: str,
-    progress: bool,
+    progress: Progress,
 ) -> list[torch.Tensor]:
     """What `run` returns for each batch of windows (N, S), in order, left on its device: the loop never waits for it.
 
@@ -31,7 +31,7 @@ def in_batches(
     size = first_batch(batch_size, automatic)
     done: list[torch.Tensor] = []
     start = 0
-    with tqdm(total=count, desc=name, unit="window", disable=not progress) as bar:
+    with piece(progress, name, count, "window") as at:
         while start < count:
             batch = windows[start : start + size]
             try:
@@ -40,7 +40,7 @@ def in_batches(
                 size = smaller_batch(error, len(batch), batch_size, f"windows of {length} tokens")
                 continue
             start += len(batch)
-            bar.update(len(batch))
+            at(start)
     return done
 
 

@@ -25,6 +25,7 @@ from slicing.batches import (
 )
 from slicing.causality import SEEDS, check_causal, trial_logits, trial_tokens
 from slicing.families import InputError
+from slicing.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,14 +37,14 @@ _apart: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDict
 
 
 def perplexity(
-    model: "PreTrainedModel", windows: torch.Tensor, *, batch_size: int | None = None, progress: bool = True
+    model: "PreTrainedModel", windows: torch.Tensor, *, batch_size: int | None = None, progress: Progress = True
 ) -> float:
     """exp of the mean negative log likelihood of the S - 1 predicted tokens of all windows (N, S)."""
     return window_nll(model, windows, batch_size=batch_size, progress=progress).mean().exp().item()
 
 
 def window_nll(
-    model: "PreTrainedModel", windows: torch.Tensor, *, batch_size: int | None = None, progress: bool = True
+    model: "PreTrainedModel", windows: torch.Tensor, *, batch_size: int | None = None, progress: Progress = True
 ) -> torch.Tensor:
     """Mean negative log likelihood, in nats, of the S - 1 predicted tokens of each window.
 

@@ -16,6 +16,7 @@ from slicing.checkpoint import check_files, check_used
 from slicing.composites import text_model, text_names
 from slicing.families import InputError
 from slicing.files import local_path
+from slicing.gguf_file import read_once
 from slicing.hub import check_no_adapter, why
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def load_model(
     if composite is not None:
         options["key_mapping"] = text_names(config)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model = _read_weights(name, folder, config, options, composite)
+    with read_once():
+        model = _read_weights(name, folder, config, options, composite)
     if gguf is not None:  # the weights are plain now, and Transformers saves no model that says it is quantised
         del model.config.quantization_config
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -284,7 +286,8 @@ def _own_class(config: "PretrainedConfig") -> str | None:
 
 @functools.cache
 def _gguf_config(name: str, folder: str, gguf: str) -> "PretrainedConfig":
-    return _auto_config(name, folder, gguf_file=gguf)
+    with read_once():
+        return _auto_config(name, folder, gguf_file=gguf)
 
 
 def _read_weights(

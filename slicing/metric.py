@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.calibration import Head, Stream, head_of, on_device, steps_of
 from slicing.families import Family, InputError
 from slicing.modeling import find_block, is_parallel, part
 from slicing.pca import Basis, Covariance, leading_eigenvectors
+from slicing.progress import Progress, counted
 
 GRADIENT_WINDOWS = 32  # as good as all of 128 to 1 %, and the inputs of all layers are kept meanwhile
 _DAMPING = 0.1  # of the mean of the diagonal
@@ -80,7 +80,7 @@ def gradient_metric(
     batch_size: int | None,
     device: torch.device | None,
     *,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Metric:
     """The metric of a dense model, from GRADIENT_WINDOWS of the windows (N, S), evenly chosen.
 
@@ -103,7 +103,7 @@ def gradient_metric(
     _loss_gradients(head_of(model, family, device), stream.buffer, windows)
 
     found = Metric()
-    for index in tqdm(range(len(layers) - 1, -1, -1), desc="gradients", disable=not progress):
+    for index in counted(range(len(layers) - 1, -1, -1), progress, "gradients", len(layers), "layer"):
         layer = on_device(layers[index], device)
         of_input, of_middle = _through_layer(stream, index, layer, family, inputs.pop())
         del layer

@@ -26,6 +26,7 @@ from slicing.batches import (
 from slicing.causality import SEEDS, check_causal, trial_tokens
 from slicing.families import FAMILIES, InputError
 from slicing.modeling import part
+from slicing.progress import Progress
 from slicing.schedule import normalise
 
 _SAME = 1e-3  # relative: what one layer writes and the next one reads
@@ -69,7 +70,7 @@ class LayerRedundancy:
 
 @torch.no_grad()
 def layer_redundancy(
-    model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int | None = None, progress: bool = False
+    model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int | None = None, progress: Progress = False
 ) -> LayerRedundancy:
     """Measure LR of a causal LM on token windows (N, S).
 

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.bases import Bases, BasisFinder, find_bases, find_metric, leading
@@ -29,6 +28,7 @@ from slicing.modeling import (
     slice_modules,
 )
 from slicing.pca import Basis
+from slicing.progress import Progress, counted
 from slicing.refit import ClosedForm, check_tokens
 from slicing.weights import LayerPlan, LayerWriter, fill, gained_biases
 
@@ -45,7 +45,7 @@ def rotate_and_slice(
     inner_widths: list[int] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> SlicedForCausalLM:
     """Slice every decoder layer of a causal LM to its width.
 
@@ -59,7 +59,7 @@ def rotate_and_slice(
     inner_widths: L numbers, how many neurons each MLP keeps, or each routed expert (inner.py); None keeps all.
     batch_size: windows run at once; None chooses by the device.
     device: where the layers run; other than the model's, a layer at a time is copied there.
-    progress: show a bar over the layers on stderr.
+    progress: show a bar over the layers on stderr, or tell a function how far it is (progress.py).
     Raises InputError for a family that can't be sliced, a model that is not causal, a layer that does not compute what
         its row says (check.py), activations that are not finite, a model that can't be differentiated and too few
         tokens to solve on. The sliced model's `check_seconds` says how long the check took.
@@ -86,7 +86,7 @@ def slice_with_bases(
     widths: list[int],
     *,
     device: torch.device | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> SlicedForCausalLM:
     """Slice a model with the bases of `dense_bases`: no calibration, the leading d_i directions of each basis."""
     slicer = _Slicer(model, widths, bases.rotations, device)
@@ -125,12 +125,12 @@ class _Slicer:
             self.empty = SlicedForCausalLM(self.config)
         check_classes(model, self.empty)
 
-    def slice(self, plans: Iterator[LayerPlan], progress: bool) -> SlicedForCausalLM:
+    def slice(self, plans: Iterator[LayerPlan], progress: Progress) -> SlicedForCausalLM:
         """Fill in each layer as its plan comes."""
         self.sliced = _filled(self.empty, self.model)
         self.sliced.check_seconds = self.seconds
         sliced_layers = part(self.sliced, self.family.layers)
-        for index, plan in enumerate(tqdm(plans, total=len(self.layers), desc="slice", disable=not progress)):
+        for index, plan in enumerate(counted(plans, progress, "slice", len(self.layers), "layer")):
             if index == 0:
                 self._write_embedding(plan.basis, sliced_layers[0])
             self.writer.write(self.layers[index], sliced_layers[index], plan)

@@ -11,10 +11,14 @@ import torch
 from tqdm import tqdm
 
 from slicing.families import InputError
+from slicing.progress import Progress, Report
 from slicing.task_set import TaskSet, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+UNNAMED = "prompts of tasks"  # what lm-eval counts without a name: the documents whose prompts it builds
 
 
 @dataclass
@@ -56,7 +60,7 @@ def check_tokens(
                 )
     if max(begin, *tokenizer.get_vocab().values()) < vocabulary:
         return
-    with no_bars():
+    with bars_of_lm_eval(False):
         built = build_requests(tasks, limit, num_fewshot, seed)
     for name, requests in built.instances.items():
         highest = max((_highest(request, tokenizer, begin) for request in requests), default=0)
@@ -113,21 +117,46 @@ def set_seeds(seed: int | None) -> None:
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """lm-eval has no switch for its progress bars."""
+def bars_of_lm_eval(progress: Progress) -> Iterator[None]:
+    """lm-eval has no switch for its progress bars, and some have no name: here each has one, and they are shown, hidden
+    or told as `progress` says."""
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
 
-    def hidden(*args: Any, **kwargs: Any) -> Any:
-        return tqdm(*args, **kwargs | {"disable": True})
+    def named(*args: Any, **kwargs: Any) -> Any:
+        kwargs["desc"] = kwargs.get("desc") or UNNAMED
+        if callable(progress):
+            return _Told(progress, *args, **kwargs)
+        return tqdm(*args, **kwargs | {"disable": kwargs.get("disable") or not progress})
 
     modules = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
     before = [module.tqdm for module in modules]
     try:
         for module in modules:
-            module.tqdm = hidden
+            module.tqdm = named
         yield
     finally:
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar
+
+
+class _Told:
+    """In the place of a tqdm bar: what lm-eval does with one, told to a function."""
+
+    def __init__(self, report: Report, iterable: Any = None, *, desc: str, total: int | None = None, **_: Any) -> None:
+        self.iterable, self.name, self.done, self.report = iterable, desc, 0, report
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total or 0
+        self.update(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        self.report(self.name, self.done, max(self.total, self.done), "request")
+
+    def close(self) -> None:
+        """There is nothing to close."""

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import importlib.util
 import inspect
 import logging
 import os
@@ -10,7 +11,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,8 @@ def resolve_tasks(tasks: Sequence[str], include_path: str | Path | None = None) 
     documents. Raises InputError for a folder that is not there, for no name, for an unknown one (with near matches),
     and for a group that names an unknown task or itself.
     """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(
-            f"the folder of tasks {str(include_path)!r} is not there: give a folder with lm-eval task files"
-        )
+    check_known(tasks, include_path)
     names = list(dict.fromkeys(tasks))
-    if not names:
-        raise InputError("no task was given: name at least one, such as hellaswag")
 
     from lm_eval.tasks import TaskManager
 
@@ -130,7 +126,7 @@ def resolve_tasks(tasks: Sequence[str], include_path: str | Path | None = None) 
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         index = manager.task_index
     unknown = _unknown(names, index)
-    if unknown and all(name in _names_in_files().mentioned for name in unknown):
+    if unknown and all(name in _own_names().mentioned for name in unknown):
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
         index = manager.task_index
         unknown = _unknown(names, index)
@@ -142,10 +138,30 @@ def resolve_tasks(tasks: Sequence[str], include_path: str | Path | None = None) 
         reason = _unreadable(name, include_path, manager)
         if reason is not None:
             raise InputError(f"task {name!r} can't be used: {reason}")
-        near = difflib.get_close_matches(name, {*index, *_names_in_files().defined}, n=3)
-        remedy = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists what there is"
-        raise InputError(f"task {name!r} is unknown: {remedy}")
+        raise _unknown_task(name, {*index, *_own_names().defined})
     return TaskSet(names, manager)
+
+
+def check_known(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Raise InputError, as `resolve_tasks` does, for a folder that is not there, no name, and a name that no task file
+    so much as mentions: told from the files' text in a second, before lm-eval or PyTorch is imported."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(
+            f"the folder of tasks {str(include_path)!r} is not there: give a folder with lm-eval task files"
+        )
+    if not tasks:
+        raise InputError("no task was given: name at least one, such as hellaswag")
+    folders = [] if include_path is None else [_names_in(Path(include_path))]
+    for name in tasks:
+        if any(name in found.mentioned for found in folders) or name in _own_names().mentioned:
+            continue
+        raise _unknown_task(name, _own_names().defined.union(*(found.defined for found in folders)))
+
+
+def _unknown_task(name: str, known: Collection[str]) -> InputError:
+    near = difflib.get_close_matches(name, known, n=3)
+    remedy = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists what there is"
+    return InputError(f"task {name!r} is unknown: {remedy}")
 
 
 def check_fewshot(tasks: TaskSet, num_fewshot: int | None) -> None:
@@ -200,19 +216,24 @@ def _file_of(index: dict[str, Any], name: str) -> str:
 
 @dataclass(frozen=True)
 class _Names:
-    """Names in lm-eval's own task files: of tasks and groups, and every word that may be one."""
+    """Names in task files: of tasks and groups, and every word that may be one."""
 
     defined: frozenset[str]
     mentioned: frozenset[str]
 
 
 @functools.cache
-def _names_in_files() -> _Names:
-    """Read from the files' text in a second; reading them as YAML, as lm-eval does, takes ten."""
-    import lm_eval.tasks
+def _own_names() -> _Names:
+    """Those of lm-eval's own files."""
+    package = importlib.util.find_spec("lm_eval")  # importing it takes seconds
+    (place,) = (package and package.submodule_search_locations) or [""]
+    return _names_in(Path(place, "tasks"))
 
+
+def _names_in(path: Path) -> _Names:
+    """Read from the files' text, lm-eval's own in a second; reading these as YAML, as it does, takes ten."""
     texts = []
-    for folder, _, files in os.walk(Path(lm_eval.tasks.__file__).parent):
+    for folder, _, files in os.walk(path):
         for file in files:
             if not file.endswith((".py", ".pyc", ".md", ".txt", ".csv", ".json", ".jsonl")):  # what is included has any
                 texts.append(Path(folder, file).read_text(encoding="utf-8", errors="replace"))

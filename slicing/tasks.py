@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from slicing.batches import evaluation_mode, first_batch, is_gpu, smaller_batch
 from slicing.families import InputError
-from slicing.task_requests import build_requests, check_tokens, no_bars, set_seeds
+from slicing.progress import Progress
+from slicing.task_requests import bars_of_lm_eval, build_requests, check_tokens, set_seeds
 from slicing.task_scores import Metric, TaskScore, group_score, no_score, task_score
 from slicing.task_set import TaskSet, check_fewshot, only_errors_logged, reason_of, resolve_tasks
 
@@ -31,7 +32,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> dict[str, TaskScore]:
     """Scores of the model, by task, as lm-eval's `simple_evaluate` gives them.
 
@@ -52,8 +53,7 @@ def evaluate_tasks(
         raise InputError(f"the number of examples in the prompt is {num_fewshot}: it must be at least 0")
     size = first_batch(batch_size, 64 if is_gpu(model.device) else 8)
     which: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
-    bars = contextlib.nullcontext() if progress else no_bars()
-    with contextlib.redirect_stdout(sys.stderr), bars, evaluation_mode(model):
+    with contextlib.redirect_stdout(sys.stderr), bars_of_lm_eval(progress), evaluation_mode(model):
         check_tokens(tasks, tokenizer, model.config.get_text_config(decoder=True).vocab_size, **which)
         loaded, requests = tasks.loaded, build_requests(tasks, **which)
         set_seeds(seed)

@@ -497,6 +497,18 @@ def test_two_ranks_print_and_write_what_one_rank_does(runs, capsys):
     assert {"results.csv", "sweep.png"} <= {path.name for path in folder.iterdir()}
 
 
+def test_one_calibration_over_two_ranks_is_one_pass(runs):
+    _, alone = runs.run("once-alone", "--calibration", "once")
+    assert run_ranks(runs, "once-together", "--calibration", "once", "--metric", "gradient") == [0, 0]
+    _, gradient = runs.run("once-gradient", "--calibration", "once", "--metric", "gradient")
+    assert run_ranks(runs, "once-pca", "--calibration", "once") == [0, 0]
+    for output, wanted in (("once-together", gradient), ("once-pca", alone)):
+        folder, together = runs.found(output)
+        assert comparable(together) == comparable(wanted)
+        assert (runs.folder / f"{output}.passes").read_text() == "0\n"
+        assert not (folder / "bases.pt").exists()
+
+
 def test_a_rank_that_fails_ends_the_other_and_its_finished_points_are_reused(runs):
     codes = run_ranks(runs, "failing", FAILING_RANK="1")
     assert codes == [2, 1]
@@ -650,10 +662,18 @@ def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(
 
 
 @pytest.mark.parametrize("rotations", ["1", "2"])
-def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, capsys):
+def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, capsys, monkeypatch):
+    sliced = []
+    slice_one = slicing.experiment.measure.rotate_and_slice
+    monkeypatch.setattr(
+        "slicing.experiment.measure.rotate_and_slice", lambda *a, **k: sliced.append(1) or slice_one(*a, **k)
+    )
+    if rotations == "2":  # where memory is short, the best one is sliced again
+        monkeypatch.setattr(Bench, "can_keep", lambda *_: False)
     folder, results = runs.run(f"save{rotations}", "--save-model", "best", "--rotations", rotations, step=0.15)
     (saved,) = (folder / "models").iterdir()
     best = min(points(results, "sweep"), key=lambda point: point["perplexity"])
+    assert len(sliced) == len(points(results, "sweep")) + (rotations == "2")
     assert saved.name == f"SB_{best['base']:.4f}-{best['key'][:8]}"
     assert "pipeline_tag" in (saved / "README.md").read_text()
     for file in saved.iterdir():  # what is pushed tells nothing of this machine

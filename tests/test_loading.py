@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,29 @@ def test_a_gguf_file_loads_as_float32_and_can_be_saved(tmp_path, saved, monkeypa
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again, _ = load_model(str(tmp_path / "saved"), device="cpu")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_gguf_file_is_read_once_until_it_changes(tmp_path, saved, monkeypatch):
+    import gguf
+
+    read = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *given):
+            read.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr("gguf.GGUFReader", Reader)
+    tokenizer = load_tokenizer(str(saved))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *args, **options: tokenizer)
+    path = gguf_file(tmp_path / "once.gguf")
+    load_config(path)
+    model, _ = load_model(path, device="cpu")
+    assert len(read) == 1
+    os.utime(path, ns=(1, 1))
+    again, _ = load_model(path, device="cpu")
+    assert len(read) == 2
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 

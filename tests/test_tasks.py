@@ -4,13 +4,17 @@ import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_evaluation import TASKS, reader, tiny_model, tokenizer  # noqa: F401
 
+from slicing import layer_redundancy
 from slicing.families import InputError
 from slicing.task_content import task_content
 from slicing.task_set import resolve_tasks
@@ -337,3 +341,38 @@ def test_a_tag_is_reported_as_its_tasks(folder: Path) -> None:
     with pytest.raises(InputError, match=r"unknown"):
         resolve_tasks(["pair_for_test"], folder)
     assert tasks.loaded.reported == ["first", "second", "tiny_group"]
+
+
+def test_a_name_that_no_task_file_mentions_is_refused_before_anything_heavy_is_imported() -> None:
+    code = """
+import sys
+import mean_cut_accuracy_experiments as script
+assert script.main(["--model", "demo", "--mean", "0.3", "--tasks", sys.argv[1], "--include-path", sys.argv[2]]) == 2
+print([name for name in ("torch", "transformers", "lm_eval", "datasets") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code, "tiny_ending", str(TASKS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert done.stderr == "error: task 'tiny_ending' is unknown: did you mean tiny_endings, tiny_missing, tiny_damaged?\n"
+
+
+def test_every_bar_of_an_evaluation_has_a_name(reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
+    evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings"], TASKS), progress=True)
+    shown = [line.strip() for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "%|" in line]
+    assert shown
+    assert all(line[0].isalpha() for line in shown)
+
+
+def test_progress_can_be_told_to_a_function_instead(reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
+    told: dict[str, list[float]] = {}
+
+    def report(name: str, done: float, total: float, unit: str) -> None:
+        told.setdefault(name, [0.0]).append(done / total)
+
+    capfd.readouterr()
+    evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings"], TASKS), progress=report)
+    windows = torch.randint(20, (3, 8))
+    layer_redundancy(reader, windows, progress=report)
+    assert set(told) == {"prompts of tasks", "Tokenizing inputs", "Running loglikelihood requests", "LR"}
+    assert all(sorted(parts) == parts and parts[-1] == 1 for parts in told.values())
+    assert "|" not in capfd.readouterr().err

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 import mean_cut_accuracy_experiments as script
+import slicing.experiment.measure
 from slicing.experiment.measure import Bench
 from slicing.experiment.results import Results, read_results
 
@@ -124,6 +125,14 @@ def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> No
         return measure(bench, target, key)
 
     Bench.point = logged  # type: ignore[method-assign]
+    calibrate = slicing.experiment.measure.dense_bases
+
+    def noted(*given: Any, **named: Any) -> Any:
+        with open(f"{output}.passes", "a") as passes:
+            passes.write(f"{rank}\n")
+        return calibrate(*given, **named)
+
+    slicing.experiment.measure.dense_bases = noted
     if "--quiet" in arguments or rank != "0":
         disable_progress_bar()  # TQDM_DISABLE, which the script sets, is read when tqdm is imported: here long ago
     torch.set_num_threads(1)

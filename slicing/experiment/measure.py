@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slicing.bases import Bases, dense_bases
 from slicing.causality import check_causal
-from slicing.devices import free_memory, must_offload, on_devices
+from slicing.devices import free_bytes, free_memory, model_bytes, must_offload, on_devices
 from slicing.experiment import identity
 from slicing.experiment.options import Checked, Options, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
 from slicing.experiment.store import content_key, is_saved_model, windows_key
 from slicing.families import InputError
-from slicing.files import new_folder
+from slicing.files import new_folder, replacing
 from slicing.flags import values_for
 from slicing.likelihood import perplexity, window_nll
 from slicing.loading import load_model
-from slicing.metric import GRADIENT_WINDOWS
+from slicing.metric import GRADIENT_WINDOWS, Metric
 from slicing.modeling import count_parameters, dense_config
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import check_sliceable, rotate_and_slice, slice_with_bases
@@ -225,17 +225,48 @@ class Bench:
             "device": self.device,
             "progress": self.progress,
         }
-        try:
+        with self._memory_told():
             if target.calibration == "every-point":
                 how |= {"refit": self.options.refit, "inner_widths": target.inner_widths}
                 return rotate_and_slice(self.model, self.calibration_windows, target.widths, **how)
-            if self._bases is None:
-                self._bases = dense_bases(self.model, self.calibration_windows, folder=self._bases_folder(), **how)
-            return slice_with_bases(self.model, self._bases, target.widths, device=self.device, progress=self.progress)
+            bases = self._dense_bases()
+            return slice_with_bases(self.model, bases, target.widths, device=self.device, progress=self.progress)
+
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """What is to be done where memory does not suffice for slicing."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             offload = "--offload, " if self.model.device == self.device else ""
             remedy = f"use {offload}a smaller --batch-size or fewer --calibration-samples"
             raise InputError(f"out of memory while slicing: {remedy}") from error
+
+    def _dense_bases(self) -> Bases:
+        """Those of --calibration once, made when they are first needed."""
+        if self._bases is None:
+            assert self.calibration_windows is not None
+            self._bases = dense_bases(
+                self.model,
+                self.calibration_windows,
+                rotations=self.options.rotations,
+                metric=self.options.metric,
+                batch_size=self.options.batch_size,
+                device=self.device,
+                folder=self._bases_folder(),
+                progress=self.progress,
+            )
+        return self._bases
+
+    def write_bases(self, file: Path) -> None:
+        """Keep the bases of --calibration once in a file, for another process."""
+        with self._memory_told(), replacing(file) as partial:
+            torch.save(self._dense_bases(), partial)
+
+    def read_bases(self, file: Path) -> None:
+        """Take the bases of another process of the run, mapped into memory, in place of a pass of one's own."""
+        with torch.serialization.safe_globals([Bases, Metric]):
+            self._bases = torch.load(file, mmap=True, weights_only=True)
 
     def _bases_folder(self) -> Path | None:
         """The folder of the results, where memory is short for the bases."""
@@ -336,6 +367,16 @@ class Bench:
             memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     # ---- models
+
+    def can_keep(self, model: PreTrainedModel) -> bool:
+        """Whether a sliced model can stay in memory while others are sliced and measured; it goes to the CPU where the
+        device has less room."""
+        needed = 3 * model_bytes(model)  # it is there already: the next one, and what measuring it takes
+        if model.device.type == "cuda" and free_bytes(model.device) < needed:
+            if free_memory() < needed:
+                return False
+            model.to("cpu")
+        return model.device.type == "cuda" or free_memory() > needed
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Save a sliced model with its tokenizer, in one step; one that another run has saved meanwhile stays."""

@@ -259,6 +259,10 @@ def check(options: Options) -> Checked:
         for flag in ("accuracy-limit", "num-fewshot", "include-path"):
             if getattr(options, flag.replace("-", "_")) is not None:
                 raise InputError(f"--{flag} says how --tasks are measured: give --tasks too, or leave it out")
+    else:
+        from slicing.task_set import check_known
+
+        check_known(options.tasks, options.include_path)
     if options.swept == 0:
         sliced = (
             ("find-base", False),

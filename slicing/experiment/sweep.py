@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from slicing.experiment import identity
 from slicing.experiment.measure import Bench
@@ -58,6 +59,8 @@ class Experiment:
         self.results: Results = self.bench.header()
         self._points: dict[str, Point] = {}  # finished ones, by key
         self._reported = 0
+        self._best: tuple[Point, PreTrainedModel] | None = None  # of --save-model best, as far as memory allows
+        self._bases_are_shared = False
         self._kept = self.folder.finished() if ranks.first else 0
 
     def run(self, on_point: OnPoint, on_model: OnModel) -> Results:
@@ -98,6 +101,8 @@ class Experiment:
         mine = self.ranks.share(missing)
         if mine:
             self.bench.check_model()
+        if any(target.calibration == "once" for target, _ in missing):
+            self._share_bases()
         with tqdm(total=len(mine), desc="points", unit="point", disable=not (self.progress and mine)) as bar:
             self._report(keys, on_point)
             for target, key in mine:
@@ -119,6 +124,32 @@ class Experiment:
                     self.bench.save(model, place)
         finally:
             self.folder.write("point", key, point)
+        if self.options.save_model == "best" and point in self._best_of([*self._points.values(), point]):
+            self._best = (point, model) if self.bench.can_keep(model) else None
+
+    @staticmethod
+    def _best_of(points: Sequence[Point]) -> list[Point]:
+        """The point of lowest perplexity that --save-model best means; none where nothing is sliced."""
+        sliced = [point for point in points if point["widths"] is not None and point["kind"] != "equal-parameters"]
+        return sorted(sliced, key=lambda point: point["perplexity"])[:1]
+
+    def _share_bases(self) -> None:
+        """The bases of --calibration once in every rank: rank 0 makes the pass, and the others read what it wrote."""
+        if self.ranks.count == 1 or self._bases_are_shared:
+            return
+        self._bases_are_shared = True
+        file = self.folder.folder / "bases.pt"
+        try:
+            if self.ranks.first:
+                self.bench.write_bases(file)
+            self.ranks.wait()
+            if not self.ranks.first:
+                self._wait_for_files(file.exists)
+                self.bench.read_bases(file)
+            self.ranks.wait()
+        finally:
+            if self.ranks.first:
+                file.unlink(missing_ok=True)  # it is mapped by those that need it
 
     def _wait_for_files(self, are_there: Callable[[], bool]) -> None:
         """Until what other ranks wrote shows on this machine."""
@@ -233,12 +264,18 @@ class Experiment:
         if self.options.save_model == "none":
             wanted = []
         elif self.options.save_model == "best":
-            at_mean = [point for point in wanted if point["kind"] != "equal-parameters"]
-            wanted = sorted(at_mean, key=lambda point: point["perplexity"])[:1]
+            wanted = self._best_of(wanted)
         places = [self.folder.model(point["base"], point["key"]) for point in wanted]
         missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not is_saved_model(place)]
         names = ("kind", "mean", "base", "slices", "widths", "calibration", "inner_mean", "inner_base", "inner_widths")
-        for point, place in self.ranks.share(self.ranks.from_first(missing)):
+        missing = self.ranks.from_first(missing)
+        for point, place in missing:
+            if self._best is not None and self._best[0]["key"] == point["key"]:
+                self.bench.save(self._best[1], place)
+        self._best = None
+        self.ranks.wait()
+        missing = self.ranks.from_first([pair for pair in missing if not is_saved_model(pair[1])])
+        for point, place in self.ranks.share(missing):
             self.bench.save(self.bench.sliced(Target(**{name: point.get(name) for name in names})), place)
         self.ranks.wait()
         if self.ranks.first:
