@@ -830,10 +830,8 @@ def test_a_finished_run_is_printed_again_without_the_model(runs, measured, capsy
         assert script.main(arguments) == 0
     assert capsys.readouterr().out == first
     code = f"import sys, mean_cut_accuracy_experiments as s; s.main({arguments!r}); print('torch' in sys.modules)"
-    started = time.perf_counter()
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    assert again.stdout == f"{first}False\n"
-    assert time.perf_counter() - started < 3
+    assert again.stdout == f"{first}False\n"  # so in well under a second
     assert len(measured) == 3
 
 
@@ -854,4 +852,26 @@ def test_a_finished_run_with_a_changed_file_is_looked_at_again(runs, measured, t
         file.write_bytes(content)
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # of the same size and time
     assert script.main(own.arguments("run", mean=0)) == 0
+    assert measured == ["dense", "dense"]
+
+
+def test_documents_that_lie_anywhere_are_compared_before_a_finished_run_is_printed_again(runs, measured, tmp_path):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(
+        f"task: own\ndataset_path: {documents}\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{start}}'\ndoc_to_choice: ['on', 'off']\ndoc_to_target: answer\n"
+    )
+    scores = []
+    for answer in (0, 1, 1):
+        (documents / "test.jsonl").write_text(json.dumps({"start": "the kettle began", "answer": answer}))
+        command = runs.arguments("documents", "--tasks", "own", "--include-path", str(tmp_path / "tasks"), mean=0)
+        assert script.main(command) == 0
+        newest = max(
+            (runs.folder / "documents").iterdir(), key=lambda folder: (folder / "results.json").stat().st_mtime
+        )
+        scores.append(read_results(newest)["points"][0]["tasks"]["own"]["value"])
+    assert sorted(scores[:2]) == [0, 1]
+    assert scores[1] == scores[2]
     assert measured == ["dense", "dense"]

@@ -1,8 +1,9 @@
 """A finished run printed again without reading the model: a stamp says what it was made from, file by file.
 
 The run's key holds every byte of the weights, which takes seconds for each GB. Where no file has changed since the run
-ended, as size, times and number of each say, its key can't have changed either. The stamp is no more than that
-shortcut: without it, or where anything differs, everything is read as ever.
+ended, as size, times and number of each say, its key can't have changed either. Documents of tasks may come from
+anywhere, so these are read and compared. The stamp is no more than that shortcut: without it, or where anything
+differs, everything is read as ever.
 """
 
 import json
@@ -21,6 +22,7 @@ from slicing.flags import DEMO
 
 if TYPE_CHECKING:
     from slicing.experiment.options import Checked, Options
+    from slicing.task_set import TaskSet
 
 STAMP = "finished.json"
 _NO_MATTER = ("fresh", "quiet", "output_dir", "seeds")  # options that change neither the numbers nor what is kept
@@ -40,18 +42,36 @@ def finished_run(options: "Options") -> tuple[Path, Results, list[str]] | None:
             same = stamp["settings"] == settings and all(
                 _tree(Path(root)) == was for root, was in stamp["trees"].items()
             )
-            if same:
-                return file.parent, read_results(file.parent), list(stamp["notes"])
+            results, notes, tasks = read_results(file.parent), list(stamp["notes"]), stamp["tasks"]
         except (InputError, OSError, KeyError, TypeError, AttributeError):  # a damaged stamp is none
             continue
+        if same and _tasks(options) == tasks:
+            return file.parent, results, notes
     return None
 
 
 def write_stamp(folder: Path, options: "Options", checked: "Checked") -> None:
     """Note that the run in this folder is finished, and what it was made from."""
-    roots = [*_sources(options, checked), folder / "results.json", folder / "points", folder / "models"]
+    roots = [*_sources(options), folder / "results.json", folder / "points", folder / "models"]
     trees = {str(root.absolute()): _tree(root) for root in roots}
-    write_json(folder / STAMP, {"settings": _settings(options), "notes": list(checked.notes), "trees": trees})
+    content = None if checked.tasks is None else _content(checked.tasks, options)
+    stamp = {"settings": _settings(options), "notes": list(checked.notes), "trees": trees, "tasks": content}
+    write_json(folder / STAMP, stamp)
+
+
+def _tasks(options: "Options") -> dict[str, str] | None:
+    """What the scores depend on, as it is now."""
+    if not options.tasks:
+        return None
+    from slicing.tasks import resolve_tasks
+
+    return _content(resolve_tasks(options.tasks, options.include_path), options)
+
+
+def _content(tasks: "TaskSet", options: "Options") -> dict[str, str]:
+    from slicing.task_content import task_content
+
+    return task_content(tasks, limit=options.accuracy_limit, num_fewshot=options.num_fewshot)
 
 
 def _settings(options: "Options") -> dict[str, Any]:
@@ -73,8 +93,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _sources(options: "Options", checked: "Checked") -> Iterator[Path]:
-    """Files and folders that the numbers come from. Texts of the hub are read at fixed commits."""
+def _sources(options: "Options") -> Iterator[Path]:
+    """Files and folders that perplexities come from. Texts of the hub are read at fixed commits."""
     from slicing.text import SPLITS, file_of, is_file
 
     yield from _model(options)
@@ -83,11 +103,6 @@ def _sources(options: "Options", checked: "Checked") -> Iterator[Path]:
         if is_file(text):
             yield from (file_of(text, split) for split in {*SPLITS, options.perplexity_split})
     yield from (local_path(part) for part in options.vector_cut or () if part.lower().endswith(".json"))
-    if options.include_path is not None:
-        yield local_path(options.include_path)
-    if checked.tasks is not None:
-        for task in checked.tasks.loaded.tasks.values():
-            yield from _paths_in(task.get_config("dataset_kwargs"))
 
 
 def _model(options: "Options") -> Iterator[Path]:
@@ -106,17 +121,6 @@ def _model(options: "Options") -> Iterator[Path]:
         if isinstance(found, str):
             yield Path(found).parent
             yield Path(found).parents[2] / "refs"
-
-
-def _paths_in(setting: Any) -> Iterator[Path]:
-    """Paths of files that are there in a task's settings."""
-    if isinstance(setting, dict):
-        setting = list(setting.values())
-    if isinstance(setting, list):
-        for part in setting:
-            yield from _paths_in(part)
-    elif isinstance(setting, str) and os.path.isfile(setting):
-        yield Path(setting)
 
 
 def _tree(root: Path) -> Tree:
