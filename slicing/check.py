@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
@@ -38,16 +39,37 @@ TOLERANCE = 1e-3  # relative; a right row is off by some 1e-6 in fp32, a wrong o
 SMALL = 3e-3  # root mean square of the second input: its square is of the size of a norm's eps
 RANK = 24  # directions of the input; the output has five more, so that padding and shortcuts take part
 TOKENS = 9
+ROWS_OF = "5.24"  # the release of Transformers that the rows in families.py were made with
 SEEDS = (0, 1)  # a token on the border between two experts may go either way: a wrong row fails with both
 
 _passed: set[Any] = set()  # layouts of this process that passed: a sweep slices one model again and again
 
 
 def check_names(model: PreTrainedModel, family: Family) -> None:
-    """Raise InputError where a causal LM lacks the layers or the tables of its family's row."""
+    """Raise InputError where a causal LM lacks the layers, the tables or all layouts of a layer of its family's row. No
+    weights are read."""
     missing = [path for path in (family.layers, *family.tables) if not has(model, path)]
     if missing:
         raise InputError(f"{type(model).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
+    for index, layer in enumerate(part(model, family.layers)):
+        try:
+            find_block(layer, family)
+        except InputError as error:
+            here = transformers.__version__
+            why = "" if here.startswith(ROWS_OF) else f"; the row is for Transformers {ROWS_OF}, this is {here}"
+            if not type(layer).__module__.startswith("transformers.models."):
+                why = "; the layer is code of its own, not Transformers'"
+            raise InputError(
+                f"can't slice this {model.config.model_type!r} model: layer {index}: {error}{why}"
+            ) from None
+
+
+def check_config(config: PretrainedConfig, family: Family) -> None:
+    """`check_names` of Transformers' own model of a config, without memory; code of its own is left to loading."""
+    if not getattr(config, "auto_map", None):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        check_names(model, family)
 
 
 @torch.no_grad()

@@ -130,6 +130,11 @@ class SlicedConfig(OfFamily, PretrainedConfig):  # type: ignore[misc]
             config_dict = {**dense, **own, "dense_model_type": dense.get("model_type")}
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: its fields have the family's words, which Transformers would otherwise take for those of old code."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Without inner widths where they are the model's own."""
         found: dict[str, Any] = super().to_dict()
@@ -299,6 +304,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):  # type: ignore
     def _supports_default_dynamic_cache(cls) -> bool:
         """Transformers goes by the class's name: the family's."""
         return bool(cls.dense_class._supports_default_dynamic_cache())
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Older releases go by the class's name: Mamba's has another argument for the cache."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        taken = signature(unwrap(self.dense_class.forward)).parameters
+        if "past_key_values" not in taken and "cache_params" in taken and "past_key_values" in model_kwargs:
+            model_kwargs.setdefault("cache_params", model_kwargs.pop("past_key_values"))
 
 
 class SlicedForSequenceClassification(SlicedPreTrainedModel):
@@ -487,7 +499,7 @@ def find_block(layer: nn.Module, family: Family) -> Block:
         missing = missing or [path for path in block.output_norms() if isinstance(part(layer, path), nn.Identity)]
         if not missing:
             return block
-    raise InputError(f"{type(layer).__name__} has no {', '.join(missing)}: the row in families.py doesn't fit")
+    raise InputError(f"{type(layer).__name__} has no {', '.join(missing)}, which the row in families.py names")
 
 
 def has(layer: Any, path: str) -> bool:

@@ -89,8 +89,8 @@ def layer_redundancy(
     body = body_of(model)
     check_causal(model)
     with evaluation_mode(model):
-        _check_chain(model, layers)
-    with evaluation_mode(model), _layer_cosines(layers, device) as last:
+        axis = _check_chain(model, layers)
+    with evaluation_mode(model), _layer_cosines(layers, device, axis) as last:
 
         def run(batch: torch.Tensor) -> torch.Tensor:
             body(input_ids=batch.to(device), use_cache=False)
@@ -108,9 +108,12 @@ def layer_redundancy(
     return LayerRedundancy(cosine, stderr, torch.tensor(normalise(cosine.tolist()), dtype=torch.float64))
 
 
-def _check_chain(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+def _check_chain(model: PreTrainedModel, layers: nn.ModuleList) -> int:
     """InputError unless each layer runs once, and reads the stream (B, S, D) that the one before it wrote: else these
-    are not the decoder layers, or their cosines say nothing. Tried on a few tokens."""
+    are not the decoder layers, or their cosines say nothing. Tried on a few tokens.
+
+    Several streams are (B, S, n, D) or (n, B, S, D); returned is B's axis."""
+    ids = trial_tokens(model, SEEDS[0])
     seen: list[tuple[int, Any, Any]] = []
 
     def hook(index: int) -> Callable[..., None]:
@@ -118,7 +121,7 @@ def _check_chain(model: PreTrainedModel, layers: nn.ModuleList) -> None:
 
     handles = [layer.register_forward_hook(hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
-        body_of(model)(input_ids=trial_tokens(model, SEEDS[0]), use_cache=False)
+        body_of(model)(input_ids=ids, use_cache=False)
     except Exception as error:  # code of any family; a whole forward has passed before
         raise InputError(f"{type(model).__name__} has no layer redundancy: its body alone fails: {error}") from error
     finally:
@@ -127,14 +130,18 @@ def _check_chain(model: PreTrainedModel, layers: nn.ModuleList) -> None:
     what = f"{type(model).__name__} has no layer redundancy: its {len(layers)} layers ({type(layers[0]).__name__})"
     if [index for index, _, _ in seen] != list(range(len(layers))):
         raise InputError(f"{what} do not run once each, one after the other")
+    axis = int(seen[0][1] is not None and seen[0][1].shape[1:3] == ids.shape)
     for index, before, after in seen:
-        if before is None or before.ndim != 3 or before.shape[:2] != after.shape[:2]:
+        if before is None or any(
+            state.ndim < 3 or state.shape[axis : axis + 2] != ids.shape for state in (before, after)
+        ):
             shape = None if before is None else tuple(before.shape)
             raise InputError(f"{what} read no stream of shape (windows, tokens, width), but {shape}")
         if index:
             written = seen[index - 1][2].to(before.device)
             if written.shape == before.shape and bool((written - before).norm() > _SAME * before.norm()):
                 raise InputError(f"{what} are no chain: layer {index} does not read what layer {index - 1} writes")
+    return axis
 
 
 def _states(args: Any, kwargs: Any, output: Any) -> tuple[Any, Any]:
@@ -146,8 +153,9 @@ def _states(args: Any, kwargs: Any, output: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """While this lasts, a list of the last batch's cosines: a layer's mean over the tokens, (B,), fp32 or fp64."""
+def _layer_cosines(layers: nn.ModuleList, device: torch.device, axis: int) -> Iterator[list[torch.Tensor]]:
+    """While this lasts, a list of the last batch's cosines: a layer's mean over the tokens, (B,), fp32 or fp64, of all
+    its streams together where it has several."""
     cosines = [torch.empty(0)] * len(layers)
 
     def hook(index: int) -> Callable[..., None]:
@@ -158,6 +166,7 @@ def _layer_cosines(layers: nn.ModuleList, device: torch.device) -> Iterator[list
                     f"layer {index} reads {before.shape[-1]} numbers and writes {after.shape[-1]}, so it has no cosine:"
                     " measure LR on the model before it is sliced"
                 )
+            before, after = (state.movedim((axis, axis + 1), (0, 1)).flatten(2) for state in (before, after))
             cosines[index] = _cosine(before, after).mean(-1).to(device)
 
         return measure
@@ -188,9 +197,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     config = model.config
     if config.model_type in FAMILIES:
         return part(model, FAMILIES[config.model_type].layers)  # type: ignore[no-any-return]
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    body = body_of(model)
-    found = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not found:
-        raise InputError(f"no list of {count} decoder layers in {type(model).__name__}: add a row to families.py")
-    return found[0]
+    text = config.get_text_config(decoder=True)
+    counts = [getattr(text, name, None) for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers")]
+    lists = [module for module in body_of(model).modules() if isinstance(module, nn.ModuleList)]
+    for count in counts:
+        found = next((module for module in lists if len(module) == count), None)
+        if found is not None:
+            return found
+    raise InputError(
+        f"{type(model).__name__} has no layer redundancy: no list of {counts[-1]} layers, as its config says, is in it"
+    )

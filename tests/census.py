@@ -5,10 +5,13 @@
 
 A type that slices is measured in fp64: its stream is made to live in a subspace, it is sliced to that width and wider,
 and the logits are compared with the dense model's; greedy generation with the cache is compared with full forwards; the
-saved folder is loaded again. A type without a row is asked for its reason.
+saved folder is loaded again. A type without a row is asked for its reason. LR and perplexity are measured of all types
+that can be built small. It ends with exit code 1 where a type is sliced wrongly, ends in a traceback, or fewer slice
+than should.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,11 @@ from tiny_models import (
     subspace,
     windows,
 )
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slicing import layer_redundancy, perplexity
 from slicing.composites import text_model
 from slicing.families import FAMILIES, InputError, find_family
 from slicing.modeling import SlicedForCausalLM, find_block, is_parallel, part
@@ -37,6 +41,57 @@ from slicing.rotation import rotate_and_slice
 
 LOSSLESS = 1e-4  # above it a type does not count as sliced: rounding is at 1e-15 to 1e-6, a wrong row at 1e-2 and more
 CACHE = 1e-4
+LEAST = {"5.24": 110}  # how many types have to slice, by release
+BIGGEST = 3_000_000  # parameters; what no general setting makes smaller is not built
+
+# what makes most models small, and what some want besides
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim"), 8),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "vocab_size": 96,
+    "head_dim": 12,
+    "is_decoder": True,
+}
+SMALLER: dict[str, dict[str, Any]] = {
+    "axk1": {"qk_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "axk2": {"qk_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "cpmant": {"dim_head": 12, "dim_ff": 64, "prompt_length": 4, "prompt_types": 2, "segment_types": 2},
+    "falcon_h1": {
+        "mamba_d_ssm": 96,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 3,
+        "intermediate_size": [64] * 3,
+    },
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "global_head_dim": 16,
+    },
+    "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 64, "num_key_value_heads": 4, "num_layers": 2},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * 3, "feed_forward_size": 64},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 PAGE = """\
 # Model families
@@ -44,7 +99,8 @@ PAGE = """\
 Made by `PYTHONPATH=. python tests/census.py --write docs/families.md` (`make families`) with Transformers {version}:
 every type of its causal-LM mapping, tried on tiny random models with two or three layouts of layer, most of them with
 three layers of width 48. {slicing} of {count} types slice; the others are refused with the reason below, exit code 2,
-before weights are read. LR and perplexity are measured for any causal decoder.
+before weights are read. With the oldest release that is supported, {oldest}, {slicing_oldest} of its
+{count_oldest} types slice.
 
 - **lossless**: the relative error of the logits after slicing to the subspace that the stream lives in (some parts of
   most families compute in fp32, so 1e-7 is rounding).
@@ -61,8 +117,11 @@ Before any slicing the layers of the model at hand are checked in the same way a
 
 Refused:
 
-| model type | reason |
-|---|---|
+LR and perplexity are measured for any causal decoder, and were for those of them that could be built small; `-` where
+one could not, or where the type is an encoder-decoder, which is refused.
+
+| model type | reason | LR and perplexity |
+|---|---|---|
 {refused}
 
 Of models of text and pictures (or video, or sound) `load_model` and both commands load the text model as a causal LM,
@@ -141,8 +200,57 @@ def slices(model_type: str) -> list[str]:
     return [case for case, (name, _) in ALL.items() if name == model_type]
 
 
+def tried(model_type: str) -> tuple[str, str]:
+    """What came of a type, "slices", "refused" or "wrong", and its row: a traceback is wrong too."""
+    try:
+        slices, text = row(model_type)
+    except InputError as error:  # this release has other layers than the row
+        slices, text = False, f"| `{model_type}` | {error} | {measured(model_type)} |"
+    except Exception as error:
+        return "wrong", f"| `{model_type}` | **wrong**: {type(error).__name__}: {error} |"
+    return "wrong" if "**wrong**" in text else "slices" if slices else "refused", text
+
+
+def measured(model_type: str) -> str:
+    """Whether LR and perplexity of a tiny model are measured, or why not."""
+    model = small_model(model_type)
+    if model is None:
+        return "-"
+    found = []
+    for measure in (perplexity, layer_redundancy):
+        try:
+            measure(model, windows(3))
+            found.append("yes")
+        except InputError as error:
+            found.append(" ".join(str(error).split()).partition(";")[0])
+        except Exception as error:
+            found.append(f"**wrong**: {type(error).__name__}: {error}")
+    if found == ["yes", "yes"]:
+        return "yes"
+    return found[0] if found[0] != "yes" else f"perplexity; {found[1]}"
+
+
+def small_model(model_type: str) -> PreTrainedModel | None:
+    """A tiny model of a type without a row; None where there is no causal one, or it can't be made small."""
+    if slices(model_type):
+        return random_model(slices(model_type)[0], dtype=torch.float32)
+    try:
+        known = CONFIG_MAPPING[model_type]()
+        fields = known.to_dict().keys() | known.attribute_map.keys()
+        settings = {name: value for name, value in (SMALL | SMALLER.get(model_type, {})).items() if name in fields}
+        config = AutoConfig.for_model(model_type, **settings)
+        if config.is_encoder_decoder:
+            return None
+        with torch.device("meta"):
+            size = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval() if size < BIGGEST else None
+    except Exception:  # a config's demands are its own
+        return None
+
+
 def row(model_type: str) -> tuple[bool, str]:
-    """Whether a type slices, and its row: | type | layers | lossless | cache | reload | or | type | reason |."""
+    """Whether a type slices, and its row: | type | layers | lossless | cache | reload |, or | type | reason | LR |."""
     try:
         config = AutoConfig.for_model(model_type)
     except Exception as error:  # a config of its own kind can want arguments: its row needs none
@@ -152,12 +260,16 @@ def row(model_type: str) -> tuple[bool, str]:
     try:
         family = find_family(config)
     except InputError as error:
-        return False, f"| `{model_type}` | {str(error).partition(': ')[2]} |"
+        return False, f"| `{model_type}` | {str(error).partition(': ')[2]} | {measured(model_type)} |"
     own = model_type in FAMILIES
     base = model_type if own else next(name for name in FAMILIES if FAMILIES[name] is family and _text(config, name))
     found = [measure(case) for case in slices(base)]
-    worst = {name: max(each[name] for each in found) for name in ("lossless", "cache", "dense cache", "reload")}
-    if max(worst["lossless"], worst["reload"]) > LOSSLESS:
+    own_measures = measured(base)
+    worst: dict[str, Any] = {
+        name: max(each[name] for each in found) for name in ("lossless", "cache", "dense cache", "reload")
+    }
+    if max(worst["lossless"], worst["reload"]) > LOSSLESS or own_measures != "yes":
+        worst["LR and perplexity"] = own_measures
         return False, f"| `{model_type}` | **wrong**: {worst} |"
     cache = f"{worst['cache']:.0e}"
     if worst["cache"] > CACHE:
@@ -184,31 +296,40 @@ class _Named:
         self.model_type, self.error = model_type, error
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the rows of some types, or write the page of all."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the rows of some types, or write the page of all; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("--oldest", default="- - -", help="a release and how many of how many types slice with it")
     arguments = parser.parse_args(argv)
     torch.set_grad_enabled(False)
-    rows: dict[bool, list[str]] = {True: [], False: []}
+    rows: dict[str, list[str]] = {"slices": [], "refused": [], "wrong": []}
     for model_type in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         if model_type in CONFIG_MAPPING:
-            done, text = row(model_type)
-            rows[done].append(text)
+            kind, text = tried(model_type)
+            rows[kind].append(text)
             print(text, flush=True)
+    count = sum(len(texts) for texts in rows.values())
+    version = transformers.__version__
+    print(f"{version} {len(rows['slices'])} {count}", file=sys.stderr)
     if arguments.write:
-        count = sum(len(texts) for texts in rows.values())
+        oldest, slicing_oldest, count_oldest = arguments.oldest.split()
         page = PAGE.format(
-            version=transformers.__version__,
-            slicing=len(rows[True]),
+            version=version,
+            slicing=len(rows["slices"]),
             count=count,
-            rows="\n".join(rows[True]),
-            refused="\n".join(rows[False]),
+            oldest=oldest,
+            slicing_oldest=slicing_oldest,
+            count_oldest=count_oldest,
+            rows="\n".join(rows["slices"]),
+            refused="\n".join(rows["refused"] + rows["wrong"]),
             composites=", ".join(f"`{name}` (`{text}`)" for name, (text, _, _) in COMPOSITES.items()),
         )
         arguments.write.write_text(page, encoding="utf-8")
+    least = 0 if arguments.types else next((least for end, least in LEAST.items() if version.startswith(end)), 100)
+    return int(bool(rows["wrong"]) or len(rows["slices"]) < least)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import CASES, LAYERS, family_of, random_model, windows
+from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
 from slicing import check
-from slicing.check import TOLERANCE, check_layers
+from slicing.check import TOLERANCE, check_config, check_layers, check_names
 from slicing.families import FAMILIES, Family, InputError
 from slicing.modeling import part
 from slicing.rotation import rotate_and_slice
@@ -85,6 +86,37 @@ def test_a_wrong_row_is_found(case_and_row):
     assert message.startswith(f"can't slice this {CASES[case][0]!r} model: ")
     assert "layer 0 (" in message or "DecoderLayer has no " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("own", "release", "why"),
+    [
+        (LlamaDecoderLayer, "5.24.3", "$"),
+        (LlamaDecoderLayer, "5.99.1", r"; the row is for Transformers 5\.24, this is 5\.99\.1$"),
+        (type("OwnLayer", (LlamaDecoderLayer,), {}), "5.24.0", "; the layer is code of its own, not Transformers'$"),
+    ],
+    ids=["wrong row", "other release", "own code"],
+)
+def test_a_layer_without_what_its_row_names_is_refused_with_its_index_class_and_the_reason(
+    own, release, why, monkeypatch
+):
+    case, row = broken("llama", {"mlp_norm": "gone"})
+    monkeypatch.setattr("transformers.__version__", release)
+    model = random_model(case)
+    for layer in model.model.layers:
+        layer.__class__ = own
+    with pytest.raises(InputError, match=f"model: layer 0: {own.__name__} has no gone, which the row in .* names{why}"):
+        check_names(model, row)
+
+
+def test_what_a_row_does_not_fit_is_refused_before_weights_are_read():
+    case, row = broken("llama", {"attention_out": "gone"})
+    config = AutoConfig.for_model(*CASES[case][:1], **CASES[case][1])
+    with pytest.raises(InputError, match="layer 0: LlamaDecoderLayer has no gone"):
+        check_config(config, row)
+    check_config(config, family_of(case))
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    check_config(config, row)  # its code is not known yet
 
 
 class Quarter(LlamaDecoderLayer):

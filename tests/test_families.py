@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from slicing import check, families, layouts
 from slicing.families import FAMILIES, REFUSED, InputError, find_family
-from slicing.modeling import find_block, matrix, part
+from slicing.modeling import SlicedForCausalLM, find_block, matrix, part
 from slicing.rotation import rotate_and_slice
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -74,6 +74,19 @@ def test_every_layer_of_a_family_computes_what_its_row_says_and_slices_without_l
     wanted = logits(model, windows(2))
     sliced = rotate_and_slice(model, windows(), [20, 32, 20, 32][: model.config.num_hidden_layers])
     assert relative_error(logits(sliced, windows(2)), wanted) < tolerance(case, dtype)
+
+
+@pytest.mark.parametrize("case", ["lfm2", "mamba"])  # what Transformers tells by the names of classes
+def test_words_and_caches_of_their_own_are_kept_in_generation_and_reload(case, tmp_path):
+    model = rotate_and_slice(random_model(case, dtype=torch.float32), windows(2), [32, 40, 32])
+    model.save_pretrained(tmp_path)
+    loaded = SlicedForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, windows(2)), logits(model, windows(2)))
+    wanted, found = (
+        loaded.generate(windows(2, 8), max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cached)
+        for cached in (False, True)
+    )
+    assert torch.equal(found, wanted)
 
 
 @every_case
@@ -126,7 +139,7 @@ def test_a_row_that_names_a_missing_module_is_found(field, value, monkeypatch):
     block = replace(FAMILIES["llama"].blocks[0], **{field: value})
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], blocks=(block,)))
     missing = value[-1] if isinstance(value, tuple) else value
-    with pytest.raises(InputError, match=f"LlamaDecoderLayer has no {missing}: the row in families.py doesn't fit"):
+    with pytest.raises(InputError, match=f"layer 0: LlamaDecoderLayer has no {missing}, which the row in families"):
         rotate_and_slice(random_model("llama"), windows(), [16] * LAYERS)
 
 

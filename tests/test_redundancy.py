@@ -48,13 +48,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     "modernbert-decoder": _LLAMA | {"cls_token_id": 1, "sep_token_id": 2},  # its `decoder` is the head
     "llama4_text": _LLAMA | {"num_local_experts": 4, "intermediate_size_mlp": 64},
 }
+# families of several streams, and the axis that these have
+STREAMS: dict[str, tuple[dict[str, Any], int]] = {
+    "hy_v4": (_LLAMA, 2),
+    "gemma3n_text": (
+        _LLAMA
+        | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+        | {"laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS, "intermediate_size": [64] * LAYERS},
+        0,
+    ),
+}
 # families whose layers are no chain of (B, S, D), and why
 NO_CHAIN: dict[str, tuple[dict[str, Any], str]] = {
     "xlm": (
         {"emb_dim": 32, "n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCAB, "n_words": VOCAB, "causal": True},
         r"its 3 layers \(MultiHeadAttention\) are no chain: layer 1 does not read what layer 0 writes",
     ),
-    "hy_v4": (_LLAMA, r"read no stream of shape .*, but \(1, 16, 4, 32\)"),
     "dory": (_LLAMA, "do not run once each, one after the other"),
 }
 
@@ -191,6 +200,30 @@ def test_lists_of_modules_that_are_no_chain_have_no_lr(case):
         layer_redundancy(model, windows(3, 8))
 
 
+@pytest.mark.parametrize("case", STREAMS)
+def test_of_several_streams_a_tokens_numbers_are_one_vector(case):
+    if case not in CONFIG_MAPPING:
+        pytest.skip("this release of Transformers does not have it")
+    settings, axis = STREAMS[case]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case, **settings)).eval()
+    states: list[torch.Tensor] = []
+
+    def hook(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        states.extend(args[:1] or [kwargs["hidden_states"]])
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(hook, with_kwargs=True)
+    ids = windows(3, 8)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    vectors = [state.movedim(axis, 2).flatten(2) for state in states]
+    wanted = [cosines_by_hand(vectors[index : index + 2]).mean() for index in range(0, 2 * LAYERS, 2)]
+    assert states[0].ndim == 4
+    assert torch.allclose(layer_redundancy(model, ids).cosine, torch.stack(wanted), atol=TOLERANCE)
+
+
 def test_families_that_slicing_refuses_are_among_those_measured():
     assert REFUSED.keys() & OTHERS.keys()
 
@@ -280,5 +313,5 @@ def test_a_model_without_a_list_of_layers_is_an_error():
     model = random_model("llama")
     model.config.model_type = "unheard_of"
     model.config.num_hidden_layers = LAYERS + 1
-    with pytest.raises(InputError, match=r"no list of 4 decoder layers in LlamaForCausalLM: add a row to families\.py"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has no layer redundancy: no list of 4 layers"):
         layer_redundancy(model, windows(2, 8))

@@ -292,6 +292,7 @@ def check(options: Options) -> Checked:
         )
 
     from slicing.batches import check_token_ids
+    from slicing.check import check_config
     from slicing.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
     from slicing.refit import check_added
     from slicing.tasks import check_fewshot, check_tokens, resolve_tasks
@@ -314,6 +315,7 @@ def check(options: Options) -> Checked:
     sizes: tuple[int, ...] = ()
     if options.swept > 0:
         family = find_family(config)
+        check_config(config, family)
         check_positions(config, "--calibration-length", options.calibration_length)
         if options.refit or options.inner_mean > 0:
             check_added(family.blocks, config.model_type, "--refit" if options.refit else "--inner-mean")
