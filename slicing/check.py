@@ -21,7 +21,6 @@ from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
 from slicing.modeling import (
-    OutputRMSNorm,
     SlicedConfig,
     SlicedLayer,
     bias_name,
@@ -98,22 +97,6 @@ def check_layers(model: PreTrainedModel, family: Family, device: torch.device) -
                     raise _refusal(model, layers[index], index, f"is off by {error:.2g} ({TOLERANCE:g} is allowed)")
                 _passed.add((layout, whole))
     return time.perf_counter() - start
-
-
-def check_classes(model: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
-    """Raise InputError where a model has other classes than what Transformers builds of its config, as loading does.
-
-    rebuilt: that model, its layers sliced.
-    """
-    built = dict(rebuilt.named_modules())
-    for name, module in model.named_modules():
-        other = built.get(name)
-        stock = getattr(other, "dense_class", type(other))
-        if stock is not type(module) and not isinstance(other, nn.RMSNorm | OutputRMSNorm):  # sliced norms
-            raise InputError(
-                f"can't slice this {model.config.model_type!r} model: its {name or 'class'} is {type(module).__name__},"
-                f" Transformers' own {stock.__name__}: what is saved would load as another model"
-            )
 
 
 def _refusal(model: PreTrainedModel, layer: nn.Module, index: int, what: str) -> InputError:

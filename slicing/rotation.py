@@ -15,7 +15,7 @@ from slicing.bases import Bases, BasisFinder, find_bases, find_metric, leading
 from slicing.batches import check_weights, evaluation_mode
 from slicing.calibration import Stream, copy_of
 from slicing.causality import check_causal
-from slicing.check import check_classes, check_layers, check_names
+from slicing.check import check_layers, check_names
 from slicing.families import Family, InputError, find_family
 from slicing.inner import check_inner_widths
 from slicing.modeling import (
@@ -27,6 +27,7 @@ from slicing.modeling import (
     part,
     slice_modules,
 )
+from slicing.own_code import of_transformers
 from slicing.pca import Basis
 from slicing.progress import Progress, counted
 from slicing.refit import ClosedForm, check_tokens
@@ -66,6 +67,7 @@ def rotate_and_slice(
     """
     check_weights(model)
     slicer = _Slicer(model, widths, rotations, device, inner_widths)
+    model = slicer.model
     check_tokens(model, slicer.family, windows.numel(), widths, slicer.inner, refit=refit)
     with evaluation_mode(model):
         gradients = find_metric(metric, model, slicer.family, windows, batch_size, slicer.device, progress)
@@ -114,16 +116,15 @@ class _Slicer:
         check_names(model, self.family)
         _is_tied(model)  # it has a head
         check_causal(model)
-        self.model = model
-        self.layers = part(model, self.family.layers)
-        self.device = torch.device(device or next(self.layers.parameters()).device)
+        self.device = torch.device(device or next(part(model, self.family.layers).parameters()).device)
         self.writer = LayerWriter(self.family, model.config.hidden_size, self.device)
         self.inner = check_inner_widths(model, self.family, inner_widths)
         self.seconds = check_layers(model, self.family, self.device)
         self.config = _sliced_config(model, self.family, widths, rotations)
         with torch.device("meta"):
             self.empty = SlicedForCausalLM(self.config)
-        check_classes(model, self.empty)
+        self.model = of_transformers(model, self.empty)
+        self.layers = part(self.model, self.family.layers)
 
     def slice(self, plans: Iterator[LayerPlan], progress: Progress) -> SlicedForCausalLM:
         """Fill in each layer as its plan comes."""

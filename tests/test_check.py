@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CASES, LAYERS, family_of, random_model, windows
+from tiny_models import CASES, LAYERS, family_of, logits, random_model, windows
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
 from slicing import check
 from slicing.check import TOLERANCE, check_config, check_layers, check_names
 from slicing.families import FAMILIES, Family, InputError
-from slicing.modeling import part
+from slicing.modeling import SlicedForCausalLM, part
 from slicing.rotation import rotate_and_slice
 
 CPU = torch.device("cpu")
@@ -141,15 +141,35 @@ def test_a_layer_that_computes_something_else_is_refused_with_its_index_class_an
         rotate_and_slice(model, windows(), [16] * LAYERS)
 
 
+class Doubled(LlamaForCausalLM):
+    """Layers of Llama's, below another head."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("path", "own"), [("", OwnForCausalLM), ("model.layers.2.mlp", OwnMLP)], ids=["model", "module of a layer"]
 )
-def test_classes_that_loading_would_not_build_are_refused(path, own):
-    model = random_model("llama")
+def test_classes_that_loading_would_not_build_are_sliced_as_those_it_builds(path, own, tied, tmp_path):
+    model = random_model("llama", dtype=torch.float32, tied=tied)
+    wanted = logits(rotate_and_slice(model, windows(), [16] * LAYERS), windows())
     model.get_submodule(path).__class__ = own
-    with pytest.raises(
-        InputError, match=f"its {path or 'class'} is {own.__name__}, Transformers' own {own.__base__.__name__}"
-    ):
+    sliced = rotate_and_slice(model, windows(), [16] * LAYERS)
+    assert type(model.get_submodule(path)) is own
+    assert torch.equal(logits(sliced, windows()), wanted)
+    sliced.save_pretrained(tmp_path)
+    assert torch.equal(logits(SlicedForCausalLM.from_pretrained(tmp_path).eval(), windows()), wanted)
+
+
+def test_classes_that_compute_something_else_than_those_that_loading_builds_are_refused():
+    model = random_model("llama")
+    model.__class__ = Doubled
+    what = "its class is Doubled, Transformers' own LlamaForCausalLM gives other logits .relative error 0.5."
+    with pytest.raises(InputError, match=what):
         rotate_and_slice(model, windows(), [16] * LAYERS)
 
 

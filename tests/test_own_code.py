@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import Runs
+from transformers import AutoModelForCausalLM
 
 import calculate_LR
 import mean_cut_accuracy_experiments as sweep
+from slicing import count_parameters, load_model, rotate_and_slice
 
 # modules of a checkpoint's own: a layer that adds a quarter of what Llama's does, and one with another name in it
+SAME = """
+class OwnLayer(LlamaDecoderLayer):
+    pass
+"""
 QUARTER = """
 class OwnLayer(LlamaDecoderLayer):
     def forward(self, hidden_states, *args, **kwargs):
@@ -88,6 +95,21 @@ def test_layers_of_a_checkpoints_own_are_refused_before_a_point_is_measured(runs
     assert not list((tmp_path / "results").rglob("*.json"))
     assert sweep.main(runs.arguments("unused", *given, mean=0)) == 0
     assert calculate_LR.main([str(tmp_path / "model"), "--trust-remote-code", *LR, "--dataset", runs.text]) == 0
+
+
+def test_a_checkpoints_own_layers_that_compute_what_llamas_do_are_sliced_and_saved_as_llamas(runs, changed, tmp_path):
+    model, _ = load_model(str(changed(SAME)), device="cpu", trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    ids = torch.arange(1, 97).reshape(6, 16)
+    sliced = rotate_and_slice(model, ids, [16] * model.config.num_hidden_layers)
+    sliced.save_pretrained(tmp_path / "sliced")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sliced", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, sliced(input_ids=ids).logits)
+    stock, _ = load_model(str(runs.model), device="cpu")
+    assert count_parameters(loaded) == count_parameters(
+        rotate_and_slice(stock, ids, [16] * stock.config.num_hidden_layers)
+    )
 
 
 def test_code_that_is_there_and_not_run_is_told(runs, changed, tmp_path, capfd, caplog):
