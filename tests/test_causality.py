@@ -44,15 +44,11 @@ def test_nothing_is_measured_on_a_model_that_sees_the_future(measure):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["mistral", "qwen2", "gemma", "phi3", "mixtral"])
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "gemma", "gemma both ways", "phi3", "mixtral"])
 def test_any_familys_model_is_refused_where_its_config_takes_the_mask_away(case, dtype):
+    setting = {"use_bidirectional_attention": True} if case.endswith("both ways") else {"is_causal": False}
     with pytest.raises(InputError, match="is not causal"):
-        check_causal(random_model(case, dtype=dtype, is_causal=False))
-
-
-def test_a_gemma_that_attends_both_ways_is_refused():
-    with pytest.raises(InputError, match="is not causal"):
-        check_causal(random_model("gemma", dtype=torch.float32, use_bidirectional_attention=True))
+        check_causal(random_model(case.split()[0], dtype=dtype, **setting))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

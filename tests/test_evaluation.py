@@ -458,17 +458,6 @@ def test_task_batch_is_halved_when_memory_runs_out(
         evaluate_tasks(reader, tokenizer, tasks, batch_size=4, progress=False)
 
 
-def test_unknown_task_gets_near_matches(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lm_eval.tasks
-
-    manager = lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: manager)  # lm-eval's own index takes ten seconds
-    with pytest.raises(InputError, match=r"task 'tiny_ending' is unknown: did you mean .*tiny_endings"):
-        resolve_tasks(["tiny_colours", "tiny_ending"], TASKS)
-    with pytest.raises(InputError, match="task 'qqqq' is unknown: `lm-eval ls tasks`"):
-        resolve_tasks(["qqqq"])
-
-
 def test_own_index_of_lm_eval_is_built_only_where_the_folder_lacks_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval.tasks
 
@@ -491,15 +480,3 @@ def test_missing_folder_and_missing_names_are_refused(tmp_path: Path) -> None:
         resolve_tasks(["tiny_endings"], tmp_path / "none")
     with pytest.raises(InputError, match="no task was given"):
         resolve_tasks([], TASKS)
-
-
-def test_task_without_its_documents_is_named() -> None:
-    tasks = resolve_tasks(["tiny_endings", "tiny_missing"], TASKS)
-    with pytest.raises(InputError, match=r"documents of task tiny_missing can't be loaded .*not_there.*--include-path"):
-        _ = tasks.loaded
-
-
-def test_task_asked_for_twice_is_refused() -> None:
-    tasks = resolve_tasks(["tiny_group", "tiny_colours"], TASKS)
-    with pytest.raises(InputError, match="task tiny_colours is in both tiny_group and tiny_colours"):
-        _ = tasks.loaded

@@ -335,7 +335,10 @@ def test_options_of_tasks_are_refused_without_tasks(refused, flag):
 
 
 BAD_TASKS = {
-    "without their documents": (["tiny_missing"], "documents of task tiny_missing can't be loaded"),
+    "without their documents": (
+        ["tiny_missing"],
+        "documents of task tiny_missing can't be loaded .*not_there.*--include-path",
+    ),
     "twice": (["tiny_group", "tiny_colours"], "task tiny_colours is in both tiny_group and tiny_colours"),
     "damaged": (["tiny_damaged"], "task tiny_damaged can't be used .UndefinedError: 'body' is undefined.: mend "),
     "too few examples": (
