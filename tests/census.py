@@ -1,6 +1,6 @@
 """Try every model type of Transformers' causal-LM mapping on tiny random models, and write what was found.
 
-    PYTHONPATH=. python tests/census.py --write docs/families.md
+    PYTHONPATH=. python tests/census.py --write docs/families.md --oldest "5.17.0 108 178"
     PYTHONPATH=. python tests/census.py gpt_oss jamba
 
 A type that slices is measured in fp64: its stream is made to live in a subspace, it is sliced to that width and wider,
@@ -34,6 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slicing import layer_redundancy, perplexity
+from slicing.check import check_names
 from slicing.composites import text_model
 from slicing.families import FAMILIES, InputError, find_family
 from slicing.modeling import SlicedForCausalLM, find_block, is_parallel, part
@@ -96,7 +97,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 PAGE = """\
 # Model families
 
-Made by `PYTHONPATH=. python tests/census.py --write docs/families.md` (`make families`) with Transformers {version}:
+Made by `make families`, which runs `tests/census.py` with Transformers {version}:
 every type of its causal-LM mapping, tried on tiny random models with two or three layouts of layer, most of them with
 three layers of width 48. {slicing} of {count} types slice; the others are refused with the reason below, exit code 2,
 before weights are read. With the oldest release that is supported, {oldest}, {slicing_oldest} of its
@@ -204,8 +205,6 @@ def tried(model_type: str) -> tuple[str, str]:
     """What came of a type, "slices", "refused" or "wrong", and its row: a traceback is wrong too."""
     try:
         slices, text = row(model_type)
-    except InputError as error:  # this release has other layers than the row
-        slices, text = False, f"| `{model_type}` | {error} | {measured(model_type)} |"
     except Exception as error:
         return "wrong", f"| `{model_type}` | **wrong**: {type(error).__name__}: {error} |"
     return "wrong" if "**wrong**" in text else "slices" if slices else "refused", text
@@ -263,6 +262,11 @@ def row(model_type: str) -> tuple[bool, str]:
         return False, f"| `{model_type}` | {str(error).partition(': ')[2]} | {measured(model_type)} |"
     own = model_type in FAMILIES
     base = model_type if own else next(name for name in FAMILIES if FAMILIES[name] is family and _text(config, name))
+    try:
+        for case in slices(base):
+            check_names(random_model(case, dtype=torch.float32), family)
+    except InputError as error:  # this release has other layers than the row
+        return False, f"| `{model_type}` | {str(error).partition(': ')[2]} | {measured(model_type)} |"
     found = [measure(case) for case in slices(base)]
     own_measures = measured(base)
     worst: dict[str, Any] = {
@@ -301,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("--count", action="store_true", help="print what --oldest takes; the rows go to stderr")
     parser.add_argument("--oldest", default="- - -", help="a release and how many of how many types slice with it")
     arguments = parser.parse_args(argv)
     torch.set_grad_enabled(False)
@@ -309,10 +314,11 @@ def main(argv: list[str] | None = None) -> int:
         if model_type in CONFIG_MAPPING:
             kind, text = tried(model_type)
             rows[kind].append(text)
-            print(text, flush=True)
+            print(text, flush=True, file=sys.stderr if arguments.count else sys.stdout)
     count = sum(len(texts) for texts in rows.values())
     version = transformers.__version__
-    print(f"{version} {len(rows['slices'])} {count}", file=sys.stderr)
+    if arguments.count:
+        print(version, len(rows["slices"]), count)
     if arguments.write:
         oldest, slicing_oldest, count_oldest = arguments.oldest.split()
         page = PAGE.format(
