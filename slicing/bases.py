@@ -18,8 +18,8 @@ from slicing.calibration import Stream, attention_step, mlp_step, on_device, par
 from slicing.causality import check_causal
 from slicing.families import Family, InputError, find_family
 from slicing.metric import Metric, damped, gradient_metric, metric_basis, oblique
-from slicing.modeling import find_block, is_parallel, part
 from slicing.output_norms import unit_outputs
+from slicing.parts import find_block, is_parallel, part
 from slicing.pca import Basis, Covariance, leading_eigenvectors
 from slicing.progress import Progress, counted
 

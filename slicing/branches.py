@@ -14,7 +14,8 @@ from torch import nn
 
 from slicing.calibration import copy_of
 from slicing.families import Block
-from slicing.modeling import attention_branch, bias_name, input_axis, matrix, mlp_branch, normalised, outputs_of, part
+from slicing.narrow import outputs_of
+from slicing.parts import attention_branch, bias_name, input_axis, matrix, mlp_branch, normalised, part
 
 Run = Callable[[nn.Module, Block, torch.Tensor, Any, Any], torch.Tensor]  # layer, its layout, stream, args, kwargs
 

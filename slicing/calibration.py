@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from slicing.batches import first_batch, windows_at_once
 from slicing.families import Block, Family, InputError
-from slicing.modeling import attention_branch, is_parallel, mlp_branch, normalised, part, returns_tuple
+from slicing.parts import attention_branch, is_parallel, mlp_branch, normalised, part, returns_tuple
 from slicing.pca import Covariance
 
 Module = TypeVar("Module", bound=nn.Module)

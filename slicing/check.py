@@ -20,17 +20,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from slicing.batches import evaluation_mode
 from slicing.calibration import Stream
 from slicing.families import Block, Family, InputError
-from slicing.modeling import (
-    SlicedConfig,
-    SlicedLayer,
-    bias_name,
-    find_block,
-    has,
-    input_axis,
-    matrix,
-    of_family,
-    part,
-)
+from slicing.modeling import SlicedConfig, SlicedLayer, of_family
+from slicing.parts import bias_name, find_block, has, input_axis, matrix, part
 from slicing.pca import Basis
 from slicing.weights import LayerPlan, LayerWriter, gained_biases
 

@@ -15,7 +15,7 @@ from slicing.branches import Routed
 from slicing.calibration import copy_of
 from slicing.families import Block
 from slicing.inner import kept_neurons, taken_over
-from slicing.modeling import bias_name, input_axis, matrix, part
+from slicing.parts import bias_name, input_axis, matrix, part
 from slicing.pca import Basis
 from slicing.regression import RIDGE, TOKENS_PER_UNKNOWN, Moments, ridge_solve
 from slicing.weights import Solved, keep_neurons

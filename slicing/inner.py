@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slicing.families import Block, Family, InputError
-from slicing.modeling import find_block, inner_matrices, matrix, part
+from slicing.narrow import inner_matrices
+from slicing.parts import find_block, matrix, part
 from slicing.regression import ridge_solve
 
 _DAMPING = 1e-2  # of the mean of the diagonal, in the leverage

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slicing.calibration import Head, Stream, head_of, on_device, steps_of
 from slicing.families import Family, InputError
-from slicing.modeling import find_block, is_parallel, part
+from slicing.parts import find_block, is_parallel, part
 from slicing.pca import Basis, Covariance, leading_eigenvectors
 from slicing.progress import Progress, counted
 

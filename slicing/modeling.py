@@ -3,19 +3,17 @@
 Configuration, decoder layer, body, causal LM and classifier are classes for any family. `of_family` makes the class of
 one family, which is a subclass of the family's own too: fields, forward, masks, caches and names of weights are its.
 
-A saved folder carries copies of this file, of `families.py` and of `layouts.py`, so it imports nothing else of this
-project.
+A saved folder carries copies of this file and of those that it imports, `families.py`, `layouts.py`, `parts.py` and
+`narrow.py`, so they import nothing else of this project.
 """
 
-import ast
 import copy
 import math
 import os
 from dataclasses import field
-from functools import cache, reduce
-from inspect import Parameter, getsource, signature, unwrap
+from functools import cache
+from inspect import signature, unwrap
 from itertools import combinations
-from textwrap import dedent
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,9 +28,29 @@ from transformers import (
 )
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
-from .families import FAMILIES, Block, Family, InputError
+from .families import FAMILIES, Family
+from .narrow import (
+    inner_matrices,
+    magnitude_rows,
+    narrow_norm,
+    narrow_output_norm,
+    resize,
+    resize_inner,
+    set_widths,
+)
+from .parts import (
+    arguments_of,
+    attention_branch,
+    find_block,
+    in_model,
+    input_axis,
+    is_parallel,
+    matrix,
+    mlp_branch,
+    normalised,
+    returns_tuple,
+)
 
 
 class OfFamily:
@@ -178,7 +196,7 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
             self._read(family, config, width)
             if not self.parallel:
                 resize(self, self.block.attention_out, width, writes=True)
-                rows = 0 if two_bases else _rows(width)
+                rows = 0 if two_bases else magnitude_rows(width)
                 narrow_output_norm(self, self.block.attention_output_norm, family, width, rows)
         if self.next_width < hidden_size:
             narrow_output_norm(self, self.block.mlp_output_norm, family, self.next_width, 0)
@@ -455,304 +473,6 @@ def _as_dense(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrai
     found.tie_weights()
     found.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return found
-
-
-def in_model(model: PreTrainedModel, path: str) -> Any:
-    """What a path of families.py, which starts at the causal LM, leads to in that or in another model of the family."""
-    if has(model, path):
-        return part(model, path)
-    return part(model.base_model, path.partition(".")[2])
-
-
-def part(layer: nn.Module, path: str) -> Any:
-    """The module or parameter at a dotted path."""
-    return reduce(getattr, path.split("."), layer)
-
-
-def matrix(layer: nn.Module, path: str) -> tuple[Any, str]:
-    """The module that holds the matrix at a path, and the parameter's name: of a linear layer, a router, or the
-    experts, whose parameters (experts, outputs, inputs) have no module of their own."""
-    found = part(layer, path)
-    if isinstance(found, nn.Parameter):
-        owner, _, name = path.rpartition(".")
-        return part(layer, owner), name
-    return found, "weight"
-
-
-def input_axis(owner: nn.Module) -> int:
-    """The axis of a matrix that runs over its inputs; the outputs' is the other of the last two."""
-    transposed = isinstance(owner, Conv1D) or type(owner).__name__ == "Llama4TextExperts"
-    return -2 if transposed or getattr(owner, "is_transposed", False) else -1
-
-
-def bias_name(name: str) -> str:
-    """The name of the bias that belongs to a matrix: (outputs) or, of experts, (experts, outputs)."""
-    return "bias" if name == "weight" else f"{name}_bias"
-
-
-def find_block(layer: nn.Module, family: Family) -> Block:
-    """The first layout whose every name the layer has, its output norms not as identities; InputError that names what
-    the last one misses."""
-    missing: list[str] = []
-    for block in family.blocks:
-        missing = [path for path in block.paths() if not has(layer, path)]
-        missing = missing or [path for path in block.output_norms() if isinstance(part(layer, path), nn.Identity)]
-        if not missing:
-            return block
-    raise InputError(f"{type(layer).__name__} has no {', '.join(missing)}, which the row in families.py names")
-
-
-def has(layer: Any, path: str) -> bool:
-    """Whether there is something at a dotted path."""
-    return reduce(lambda found, name: getattr(found, name, None), path.split("."), layer) is not None
-
-
-def is_parallel(layer: nn.Module, block: Block) -> bool:
-    """Whether attention and MLP read the same stream."""
-    return bool(getattr(layer, block.parallel)) if isinstance(block.parallel, str) else block.parallel
-
-
-def returns_tuple(layer: nn.Module) -> bool:
-    """Whether the family's body takes a layer's first output out of a tuple: what the layer's code returns last."""
-    return _returns_tuple(_dense_class(layer))
-
-
-@cache
-def _returns_tuple(dense: Any) -> bool:
-    try:
-        source = ast.parse(dedent(getsource(unwrap(dense.forward))))
-    except (OSError, TypeError):  # no source at hand: such layers mostly still take `output_attentions`
-        return "output_attentions" in signature(dense.forward).parameters
-    last = [node.value for node in ast.walk(source) if isinstance(node, ast.Return)][-1]
-    return isinstance(last, ast.Tuple) or (isinstance(last, ast.Name) and last.id == "outputs")
-
-
-def _dense_class(layer: nn.Module) -> Any:
-    return getattr(layer, "dense_class", None) or type(layer)
-
-
-Arguments = tuple[tuple[str, ...], tuple[str, ...] | None, str | None]
-_CACHES = (
-    "cache",
-    "past_key_values",
-    "past_key_value",
-    "layer_past",
-    "cache_params",
-)  # names that Transformers gave it
-
-
-def arguments_of(layer: nn.Module, block: Block) -> Arguments:
-    """How a layer's arguments reach its attention: the names of the positional ones beyond the stream, the names that
-    the attention takes (None for any), and the attention's name of the cache."""
-    attention: Any = type(part(layer, block.attention)) if block.attention else None
-    return _arguments(_dense_class(layer), attention)
-
-
-@cache
-def _arguments(dense: Any, attention: Any) -> Arguments:
-    given = signature(dense.forward).parameters.values()
-    positional = tuple(each.name for each in given if each.kind is Parameter.POSITIONAL_OR_KEYWORD)[2:]
-    if attention is None:
-        return positional, None, None
-    taken = signature(attention.forward).parameters
-    any_name = any(each.kind is Parameter.VAR_KEYWORD for each in taken.values())
-    return positional, None if any_name else tuple(taken), next((name for name in _CACHES if name in taken), None)
-
-
-def normalised(layer: nn.Module, norm: str, stream: torch.Tensor) -> torch.Tensor:
-    """What a branch reads of the stream (B, S, d): by its norm, or the stream itself where it has none."""
-    normed: torch.Tensor = part(layer, norm)(stream) if norm else stream
-    return normed
-
-
-def attention_branch(
-    layer: nn.Module, block: Block, normed: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, Any]:
-    """What attention adds to the stream (B, S, d), from the normalised stream, and what else it gives: the last of a
-    tuple, mostly its weights. The layer's arguments are handed on by name."""
-    if not block.attention:
-        return normed.new_zeros(()), None
-    positional, taken, cache_name = getattr(layer, "arguments", None) or arguments_of(layer, block)
-    named = dict(zip(positional, args, strict=False)) | kwargs
-    for name in _CACHES:
-        if name in named and name != cache_name and cache_name is not None:
-            named[cache_name] = named.pop(name)
-    if taken is not None:
-        named = {name: value for name, value in named.items() if name in taken}
-    if block.attention in block.residual:
-        named["residual"] = normed.new_zeros(())
-    output = part(layer, block.attention)(normed, **named)
-    hidden, rest = (output[0], output[-1]) if isinstance(output, tuple) else (output, None)
-    return _added(layer, block, hidden, block.attention_output_norm, block.dropout[0]), rest
-
-
-def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor, width: int | None = None) -> torch.Tensor:
-    """What the MLP adds to the stream (B, S, d), from the normalised stream; of experts the first `width` numbers."""
-    if not block.mlp:
-        return normed.new_zeros(())
-    hidden = normed
-    for path in block.mlp:
-        zero = {"residual": normed.new_zeros(())} if path in block.residual else {}
-        hidden = _first(part(layer, path)(hidden, **zero))
-    hidden = hidden.reshape(*normed.shape[:-1], hidden.shape[-1])  # some experts give (B * S, d)
-    for path in block.beside:
-        hidden = hidden + _first(part(layer, path)(normed))
-    return _added(layer, block, hidden[..., :width], block.mlp_output_norm, block.dropout[1])
-
-
-def _first(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _added(layer: nn.Module, block: Block, hidden: torch.Tensor, norm: str, dropout: str | None) -> torch.Tensor:
-    hidden = normalised(layer, norm, hidden)
-    if dropout is not None and layer.training:
-        chance = part(layer, dropout)
-        hidden = chance(hidden) if isinstance(chance, nn.Module) else nn.functional.dropout(hidden, chance)
-    return hidden * getattr(layer, block.scale) if block.scale else hidden
-
-
-def resize(layer: nn.Module, path: str, width: int, writes: bool = False) -> None:
-    """Give a matrix an empty weight that reads (or writes) `width` numbers of the stream, and its module the attributes
-    to match."""
-    _reshape(layer, path, width, writes)
-    owner, _ = matrix(layer, path)
-    if hasattr(owner, "hidden_dim"):
-        owner.hidden_dim = width
-
-
-def _reshape(layer: nn.Module, path: str, width: int, writes: bool) -> None:
-    owner, name = matrix(layer, path)
-    weight = getattr(owner, name)
-    shape = list(weight.shape)
-    axis = input_axis(owner)
-    shape[-3 - axis if writes else axis] = width
-    setattr(owner, name, nn.Parameter(weight.new_empty(shape)))
-    owner._is_hf_initialized = False  # a model made without a checkpoint still has to fill it
-    bias = getattr(owner, bias_name(name), None)
-    if writes and bias is not None:
-        setattr(owner, bias_name(name), nn.Parameter(bias.new_empty(*bias.shape[:-1], width)))
-    for attribute in ("out_features", "nf") if writes else ("in_features", "nx"):
-        if hasattr(owner, attribute):
-            setattr(owner, attribute, width)
-
-
-def set_widths(layer: nn.Module, block: Block, hidden_size: int, width: int) -> None:
-    """Give the modules around experts, which shape by attributes, the width in D's place."""
-    for path in (*block.mlp, *block.mlp_in, *block.mlp_out):
-        found = part(layer, path)
-        module = matrix(layer, path)[0] if isinstance(found, nn.Parameter) else found
-        for attribute in ("hidden_dim", "hidden_size", "input_size"):
-            if vars(module).get(attribute) == hidden_size:
-                setattr(module, attribute, width)
-
-
-def inner_matrices(layer: nn.Module, block: Block) -> dict[str, tuple[int, list[str]]]:
-    """The matrices by which an MLP writes, each with its inner width k and the readers that compute what it reads.
-
-    Of a mixture of experts those of the routed ones: a shared expert keeps its width. A reader has k outputs, or 2 k
-    where it holds gate and up. Raises ValueError where no reader of that kind is beside the writer.
-    """
-    found: dict[str, tuple[int, list[str]]] = {}
-    for path in block.mlp_out:
-        owner, name = matrix(layer, path)
-        if block.experts and getattr(owner, name).ndim < 3:
-            continue
-        width = getattr(owner, name).shape[input_axis(owner)]
-        beside = path.rpartition(".")[0]
-        readers = [
-            reader
-            for reader in block.mlp_in
-            if reader.rpartition(".")[0] == beside and outputs_of(layer, reader) in (width, 2 * width)
-        ]
-        if not readers:
-            raise ValueError(f"{type(layer).__name__}: nothing beside {path} has its inner width {width} as outputs")
-        found[path] = width, readers
-    return found
-
-
-def outputs_of(layer: nn.Module, path: str) -> int:
-    """How many numbers a matrix writes."""
-    owner, name = matrix(layer, path)
-    size: int = getattr(owner, name).shape[-3 - input_axis(owner)]
-    return size
-
-
-def resize_inner(layer: nn.Module, block: Block, width: int) -> None:
-    """Give the MLP's writers `width` inputs and their readers the outputs to match, with empty weights; nothing changes
-    where they have it."""
-    for path, (own, readers) in inner_matrices(layer, block).items():
-        if own == width:
-            continue
-        for reader in readers:
-            _reshape(layer, reader, outputs_of(layer, reader) // own * width, writes=True)
-        _reshape(layer, path, width, writes=False)
-        owner = part(layer, path.rpartition(".")[0]) if "." in path else layer
-        for attribute in ("intermediate_size", "intermediate_dim"):
-            if getattr(owner, attribute, None) == own:
-                setattr(owner, attribute, width)
-
-
-def narrow_norm(layer: nn.Module, path: str, family: Family, width: int, hidden_size: int) -> None:
-    """Put an RMSNorm of `width` with weight 1 in a norm's place.
-
-    The norm of a sliced stream divides by the original D: the mean of z^2 over d, plus eps D / d, is D / d times what
-    it should be, and the constant sqrt(D / d) is in the matrices that read it.
-    """
-    norm = part(layer, path)
-    eps = norm_eps(norm, family) * hidden_size / width
-    like = next(layer.parameters())
-    if family.layer_norm:
-        _put(layer, path, nn.RMSNorm(width, eps=eps, dtype=like.dtype, device=like.device))
-    else:
-        if getattr(norm, "weight", None) is not None:
-            norm.weight = nn.Parameter(like.new_full((width,), 1.0 - family.norm_offset))
-        setattr(norm, str(family.norm_eps), eps)
-
-
-class OutputRMSNorm(nn.Module):
-    """An output norm of a branch that writes in a basis: y (..., d) -> y / sqrt(w y^2 + |T y|^2 + eps).
-
-    The dense branch writes a and adds g a / rms(a). Here g and the basis are in the matrix that writes y, and what
-    rms(a) is, one number a token, is told by weights w (d). Where the basis is another branch's choice a matrix T
-    (rows, d) tells most of it (output_norms.py).
-    """
-
-    def __init__(self, width: int, rows: int, eps: float, like: torch.Tensor) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(like.new_empty(width))
-        self.magnitude = nn.Linear(width, rows, bias=False, dtype=like.dtype, device=like.device) if rows else None
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., d) -> (..., d)"""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        square = (hidden.to(dtype).square() * self.weight.to(dtype).clamp_min(0)).sum(-1, keepdim=True)
-        if self.magnitude is not None:
-            square = square + self.magnitude(hidden).to(dtype).square().sum(-1, keepdim=True)
-        return (hidden * torch.rsqrt(square + self.eps)).to(hidden.dtype)
-
-
-def _rows(width: int) -> int:
-    """Of T, for a width: from a sixteenth on there is nothing to be gained, but in small models."""
-    return min(width, max(64, 8 * math.ceil(width / 16 / 8)))
-
-
-def narrow_output_norm(layer: nn.Module, path: str, family: Family, width: int, rows: int) -> None:
-    """Put an `OutputRMSNorm`, whose numbers are empty, in an output norm's place; nothing where the name is empty."""
-    if path:
-        _put(layer, path, OutputRMSNorm(width, rows, norm_eps(part(layer, path), family), next(layer.parameters())))
-
-
-def norm_eps(norm: nn.Module, family: Family) -> float:
-    """The eps of a dense norm."""
-    return float(getattr(norm, family.norm_eps)) if isinstance(family.norm_eps, str) else family.norm_eps
-
-
-def _put(layer: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(part(layer, owner) if owner else layer, name, module)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicing.modeling import part
+from slicing.parts import part
 from slicing.pca import Basis, Covariance
 
 _CUT = 1e-9  # of the largest eigenvalue of G: what is below is rounding

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from slicing.causality import SEEDS, trial_logits, trial_tokens
 from slicing.families import InputError
-from slicing.modeling import OutputRMSNorm, SlicedForCausalLM
+from slicing.modeling import SlicedForCausalLM
+from slicing.narrow import OutputRMSNorm
 
 TOKENS = 64
 _TOLERANCE = 1e-3  # relative, of logits; or some roundings of the dtype

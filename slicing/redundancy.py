@@ -25,7 +25,7 @@ from slicing.batches import (
 )
 from slicing.causality import SEEDS, check_causal, trial_tokens
 from slicing.families import FAMILIES, InputError
-from slicing.modeling import part
+from slicing.parts import part
 from slicing.progress import Progress
 from slicing.schedule import normalise
 

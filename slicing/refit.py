@@ -20,7 +20,8 @@ from slicing.calibration import Step, Stream, attention_step, mlp_step, on_devic
 from slicing.experts import Experts
 from slicing.families import Block, Family, InputError
 from slicing.fit import Fit
-from slicing.modeling import find_block, inner_matrices, input_axis, is_parallel, matrix, part
+from slicing.narrow import inner_matrices
+from slicing.parts import find_block, input_axis, is_parallel, matrix, part
 from slicing.pca import Basis, Covariance
 from slicing.regression import TOKENS_PER_UNKNOWN
 from slicing.weights import LayerPlan, Solved

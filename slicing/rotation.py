@@ -18,16 +18,9 @@ from slicing.causality import check_causal
 from slicing.check import check_layers, check_names
 from slicing.families import Family, InputError, find_family
 from slicing.inner import check_inner_widths
-from slicing.modeling import (
-    SlicedConfig,
-    SlicedForCausalLM,
-    SlicedLayer,
-    count_parameters,
-    find_block,
-    part,
-    slice_modules,
-)
+from slicing.modeling import SlicedConfig, SlicedForCausalLM, SlicedLayer, count_parameters, slice_modules
 from slicing.own_code import of_transformers
+from slicing.parts import find_block, part
 from slicing.pca import Basis
 from slicing.progress import Progress, counted
 from slicing.refit import ClosedForm, check_tokens

@@ -9,18 +9,10 @@ import torch
 from torch import nn
 
 from slicing.families import Block, Family
-from slicing.modeling import (
-    SlicedLayer,
-    bias_name,
-    find_block,
-    inner_matrices,
-    input_axis,
-    matrix,
-    outputs_of,
-    part,
-    resize_inner,
-)
+from slicing.modeling import SlicedLayer
+from slicing.narrow import inner_matrices, outputs_of, resize_inner
 from slicing.output_norms import magnitude, turned
+from slicing.parts import bias_name, find_block, input_axis, matrix, part
 from slicing.pca import Basis
 
 

@@ -37,7 +37,8 @@ from slicing import layer_redundancy, perplexity
 from slicing.check import check_names
 from slicing.composites import text_model
 from slicing.families import FAMILIES, InputError, find_family
-from slicing.modeling import SlicedForCausalLM, find_block, is_parallel, part
+from slicing.modeling import SlicedForCausalLM
+from slicing.parts import find_block, is_parallel, part
 from slicing.rotation import rotate_and_slice
 
 LOSSLESS = 1e-4  # above it a type does not count as sliced: rounding is at 1e-15 to 1e-6, a wrong row at 1e-2 and more

@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 from slicing import check
 from slicing.check import TOLERANCE, check_config, check_layers, check_names
 from slicing.families import FAMILIES, Family, InputError
-from slicing.modeling import SlicedForCausalLM, part
+from slicing.modeling import SlicedForCausalLM
+from slicing.parts import part
 from slicing.rotation import rotate_and_slice
 
 CPU = torch.device("cpu")

@@ -33,7 +33,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from slicing import check, families, layouts
 from slicing.families import FAMILIES, REFUSED, InputError, find_family
-from slicing.modeling import SlicedForCausalLM, find_block, matrix, part
+from slicing.modeling import SlicedForCausalLM
+from slicing.parts import find_block, matrix, part
 from slicing.rotation import rotate_and_slice
 
 every_case = pytest.mark.parametrize("case", CASES)

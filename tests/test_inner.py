@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from slicing.families import InputError
 from slicing.inner import inner_sizes, kept_neurons, leverage, taken_over
-from slicing.modeling import count_parameters, find_block, inner_matrices, input_axis, matrix, outputs_of, part
+from slicing.modeling import count_parameters
+from slicing.narrow import inner_matrices, outputs_of
+from slicing.parts import find_block, input_axis, matrix, part
 from slicing.rotation import rotate_and_slice
 from slicing.weights import rows_of
 

@@ -70,7 +70,7 @@ def test_what_is_copied_beside_a_saved_model_imports_torch_transformers_and_itse
         outside = {other.partition(".")[0] for other in imports(name) - MODULES.keys()}
         assert outside - sys.stdlib_module_names <= {"torch", "transformers"}, name
         copied += imports(name) & MODULES.keys()
-    assert found == {"slicing.modeling", "slicing.families", "slicing.layouts"}
+    assert found == {"slicing.modeling", "slicing.families", "slicing.layouts", "slicing.narrow", "slicing.parts"}
 
 
 # ---- what is public

@@ -22,7 +22,7 @@ from slicing import metric
 from slicing.bases import dense_bases
 from slicing.families import InputError, find_family
 from slicing.metric import damped, gradient_metric, metric_basis, oblique
-from slicing.modeling import find_block, is_parallel, part
+from slicing.parts import find_block, is_parallel, part
 from slicing.pca import leading_eigenvectors
 from slicing.rotation import rotate_and_slice, slice_with_bases
 

@@ -32,13 +32,15 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from slicing.families import InputError
 from slicing.loading import load_model
-from slicing.modeling import SlicedConfig, SlicedForCausalLM, count_parameters, part
+from slicing.modeling import SlicedConfig, SlicedForCausalLM, count_parameters
+from slicing.parts import part
 from slicing.rotation import rotate_and_slice
 
 WIDTHS = [32, 24, 40]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 every_case = pytest.mark.parametrize("case", CASES)
 # of each kind: tied and projected, whole tables, bodies that take tuples, parallel, experts
+CODE = ("modeling.py", "families.py", "layouts.py", "narrow.py", "parts.py")
 KINDS = ["llama", "gpt2", "falcon", "gptj", "phi", "qwen2_moe"]
 each_kind = pytest.mark.parametrize("case", KINDS)
 
@@ -196,7 +198,7 @@ def test_loading_options_change_no_bit(elsewhere, job):
 def test_a_loaded_model_is_saved_again_with_its_code(elsewhere):
     assert elsewhere.equal("saved-again")
     first, again = elsewhere.folders["llama-fp32"], elsewhere.folders["saved-again"]
-    for file in ("modeling.py", "families.py", "layouts.py", "config.json", "model.safetensors"):
+    for file in (*CODE, "config.json", "model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
 
 
@@ -224,7 +226,7 @@ def test_code_of_the_folder_runs_only_where_it_is_trusted(elsewhere):
 @every_case
 def test_the_folder_holds_safetensors_and_readable_text_only(elsewhere, case):
     files = {path.name for path in elsewhere.folders[f"{case}-fp32"].iterdir()}
-    code = {"modeling.py", "families.py", "layouts.py"}
+    code = set(CODE)
     assert files == {"config.json", "generation_config.json", "model.safetensors", *code}
 
 

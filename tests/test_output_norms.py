@@ -5,11 +5,12 @@ import torch
 from tiny_models import LAYERS, live_in, logits, random_model, relative_error, subspace, tolerance, windows
 from torch import nn
 
-from slicing import modeling
+from slicing import narrow
 from slicing.bases import dense_bases
 from slicing.families import FAMILIES, InputError
-from slicing.modeling import OutputRMSNorm, part
+from slicing.narrow import OutputRMSNorm
 from slicing.output_norms import magnitude, turned, unit_outputs
+from slicing.parts import part
 from slicing.pca import Basis
 from slicing.rotation import rotate_and_slice, slice_with_bases
 
@@ -79,7 +80,7 @@ def test_a_branch_that_writes_nothing_has_a_finite_size():
 
 @pytest.mark.parametrize(("width", "rows"), [(16, 16), (64, 64), (448, 64), (1040, 72), (4096, 256)])
 def test_attention_in_the_basis_of_the_mlp_has_a_sixteenth_of_rows_and_at_least_64(width, rows):
-    assert modeling._rows(width) == rows
+    assert narrow.magnitude_rows(width) == rows
 
 
 @pytest.mark.parametrize("rows", [0, 4])

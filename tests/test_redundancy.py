@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slicing.families import REFUSED, InputError
 from slicing.likelihood import window_nll
-from slicing.modeling import part
+from slicing.parts import part
 from slicing.redundancy import decoder_layers, layer_redundancy
 from slicing.rotation import rotate_and_slice
 

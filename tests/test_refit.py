@@ -21,7 +21,8 @@ from tiny_models import (
 from torch import nn
 
 from slicing.families import FAMILIES, InputError
-from slicing.modeling import SlicedForCausalLM, part
+from slicing.modeling import SlicedForCausalLM
+from slicing.parts import part
 from slicing.regression import Moments, ridge_solve
 from slicing.rotation import rotate_and_slice
 

@@ -34,7 +34,8 @@ from slicing import pca
 from slicing.bases import dense_bases
 from slicing.families import FAMILIES, InputError
 from slicing.likelihood import perplexity
-from slicing.modeling import SlicedForCausalLM, SlicedLayer, count_parameters, input_axis, matrix, part
+from slicing.modeling import SlicedForCausalLM, SlicedLayer, count_parameters
+from slicing.parts import input_axis, matrix, part
 from slicing.pca import Covariance
 from slicing.rotation import rotate_and_slice, slice_with_bases, sliced_parameters
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from slicing.loading import load_config
-from slicing.modeling import SlicedForCausalLM, SlicedForSequenceClassification, SlicedModel, part
+from slicing.modeling import SlicedForCausalLM, SlicedForSequenceClassification, SlicedModel
+from slicing.parts import part
 from slicing.rotation import rotate_and_slice
 
 WIDTHS = [32, 24, 40]

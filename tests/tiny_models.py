@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slicing.families import FAMILIES, Family
-from slicing.modeling import bias_name, find_block, has, input_axis, matrix, part
+from slicing.parts import bias_name, find_block, has, input_axis, matrix, part
 
 HIDDEN, LAYERS, HEADS, GROUPS, INNER, VOCAB = 48, 3, 4, 2, 64, 96
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

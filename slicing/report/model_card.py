@@ -46,9 +46,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
 ```
 
-`trust_remote_code=True` runs the Python files beside this one, `modeling.py`, `families.py` and `layouts.py`;
-read them first. They need Transformers {transformers} or newer. lm-eval evaluates it with
-`lm_eval run --model hf --model_args pretrained=path/of/this/folder,trust_remote_code=True --tasks ...`.
+`trust_remote_code=True` runs the Python files beside this one: `modeling.py` and what it imports, `families.py`,
+`layouts.py`, `narrow.py` and `parts.py`; read them first. They need Transformers {transformers} or newer. lm-eval
+runs it by `lm_eval run --model hf --model_args pretrained=path/of/this/folder,trust_remote_code=True --tasks ...`.
 
 GGUF converters (llama.cpp, Ollama) can't read this folder: their formats have one hidden size for all layers and no
 shortcuts. Where all widths above are the full one and only the MLPs are cut, `examples/to_gguf.py` of the code that

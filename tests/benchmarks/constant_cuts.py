@@ -13,7 +13,7 @@ import torch
 
 import slicing
 from slicing.families import find_family
-from slicing.modeling import part
+from slicing.parts import part
 
 
 def windows(options: argparse.Namespace, tokenizer: Any, split: str, count: int) -> torch.Tensor:
