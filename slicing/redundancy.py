@@ -198,12 +198,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if config.model_type in FAMILIES:
         return part(model, FAMILIES[config.model_type].layers)  # type: ignore[no-any-return]
     text = config.get_text_config(decoder=True)
-    counts = [getattr(text, name, None) for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers")]
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")  # the last: two blocks a layer
+    counts = [getattr(text, name, None) for name in names]
     lists = [module for module in body_of(model).modules() if isinstance(module, nn.ModuleList)]
     for count in counts:
         found = next((module for module in lists if len(module) == count), None)
         if found is not None:
             return found
     raise InputError(
-        f"{type(model).__name__} has no layer redundancy: no list of {counts[-1]} layers, as its config says, is in it"
+        f"{type(model).__name__} has no layer redundancy: no list of {counts[2]} layers, as its config says, is in it"
     )

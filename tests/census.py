@@ -67,7 +67,7 @@ SMALL: dict[str, Any] = {
 SMALLER: dict[str, dict[str, Any]] = {
     "axk1": {"qk_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "axk2": {"qk_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
-    "cpmant": {"dim_head": 12, "dim_ff": 64, "prompt_length": 4, "prompt_types": 2, "segment_types": 2},
+    "cpmant": {"dim_head": 12, "dim_ff": 64, "prompt_length": 4},
     "falcon_h1": {
         "mamba_d_ssm": 96,
         "mamba_n_heads": 4,
@@ -90,7 +90,13 @@ SMALLER: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 96,
         "global_head_dim": 16,
     },
-    "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 64, "num_key_value_heads": 4, "num_layers": 2},
+    "longcat_flash": {
+        "head_dim": 8,
+        "expert_ffn_hidden_size": 24,
+        "ffn_hidden_size": 64,
+        "num_key_value_heads": 4,
+        "num_layers": 2,
+    },
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * 3, "feed_forward_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
