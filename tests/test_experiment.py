@@ -88,7 +88,7 @@ def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slici
     rows = [line.split()[0] for line in printed.out.splitlines() if line.split()[0] in ("dense", "constant", "dynamic")]
     assert rows == ["dense", "constant", *["dynamic"] * 15]
     assert "%|" not in printed.out
-    assert "points" in printed.err
+    assert "point 17 of 17, SB 0.000: perplexity" in printed.err
 
 
 def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypatch):

@@ -4,8 +4,8 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from slicing.experiment import identity
 from slicing.experiment.options import Checked, Options, Target
 from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
 from slicing.experiment.store import content_key, is_saved_model, windows_key
+from slicing.experiment.waiting import RunBar
 from slicing.families import InputError
 from slicing.files import new_folder, replacing
 from slicing.flags import values_for
@@ -44,7 +45,8 @@ class Bench:
     """
 
     def __init__(self, checked: Checked, device: torch.device, *, progress: bool, processes: int = 1) -> None:
-        self.checked, self.options, self.device, self.progress = checked, checked.options, device, progress
+        self.checked, self.options, self.device = checked, checked.options, device
+        self.progress: bool | RunBar = progress
         self.processes = processes
         options = self.options
         self.model, self.tokenizer = load_model(
@@ -284,12 +286,29 @@ class Bench:
         if self.options.mean > 0:
             check_sliceable(self.model, device=self.device)
 
+    @contextmanager
+    def waiting(self, targets: Sequence[Target]) -> Iterator[None]:
+        """One bar while these points are measured, in order, in place of one for each piece of work."""
+        if not (self.progress and targets):
+            yield
+            return
+        tasks = ["tasks"] if self.checked.tasks is not None else []
+        parts = [[*(["slice"] if target.widths else []), "perplexity", *tasks] for target in targets]
+        before = self.progress
+        with RunBar(parts) as self.progress:
+            try:
+                yield
+            finally:
+                self.progress = before
+
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""
         options = self.options
         seconds: dict[str, float | None] = dict.fromkeys(PARTS)
         memory: dict[str, int | None] = dict.fromkeys(seconds)
         model = self.model
+        if isinstance(self.progress, RunBar):
+            self.progress.point("dense" if target.base is None else f"SB {target.base:.3f}")
         if target.widths is not None:
             with self._part("slice", seconds, memory):
                 model = self.sliced(target)
@@ -356,7 +375,8 @@ class Bench:
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        yield
+        with self.progress.part(name) if isinstance(self.progress, RunBar) else nullcontext():
+            yield
         if cuda:
             torch.cuda.synchronize(self.device)
         seconds[name] = time.perf_counter() - start

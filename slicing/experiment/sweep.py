@@ -103,13 +103,12 @@ class Experiment:
             self.bench.check_model()
         if any(target.calibration == "once" for target, _ in missing):
             self._share_bases()
-        with tqdm(total=len(mine), desc="points", unit="point", disable=not (self.progress and mine)) as bar:
+        with self.bench.waiting([target for target, _ in mine]):
             self._report(keys, on_point)
             for target, key in mine:
                 self._point(target, key)
-                bar.update()
                 self._report(keys, on_point)
-            self.ranks.wait(meanwhile=lambda: self._report(keys, on_point))
+        self.ranks.wait(meanwhile=lambda: self._report(keys, on_point))
         if self.ranks.first:
             self._wait_for_files(lambda: self._report(keys, on_point))
 
