@@ -172,6 +172,17 @@ def test_runs_that_differ_by_their_seed_are_one_with_the_spread_over_seeds():
     assert row["piqa_paired_se_dense"] == pytest.approx(1 / 8)
 
 
+def test_a_row_of_several_seeds_names_none_of_them():
+    one, two, three = seeded(1, 1.0), seeded(2, 1.0), seeded(3, 1.0)
+    other = replace(three, arguments={**three["arguments"], "rotations": 1})
+    runs = pooled([one, two, other])
+    (seed,) = chosen(columns_for(runs, labelled=True), ["seed"])
+    assert [seed.cell(point, run) for run in runs for point in run["points"][:2]] == ["-", "-", "3", "3"]
+    assert seed.shown
+    assert [row["seed"] for row in csv_rows(runs)[1]][:: len(one["points"])] == [None, 3]
+    assert [label.rpartition(", ")[2] for label in run_labels(runs)] == ["mean over seeds", "seed 3"]
+
+
 def test_other_runs_and_the_same_seed_twice_stay_apart():
     one, two = seeded(1, 1.0), seeded(2, 1.0)
     other = replace(two, arguments={**two["arguments"], "rotations": 1})

@@ -17,7 +17,7 @@ from slicing.experiment.results import (
 )
 from slicing.families import InputError
 from slicing.report.labels import is_sliced_model, model_name, text_label
-from slicing.report.seeds import is_pooled
+from slicing.report.seeds import is_pooled, seed_of
 from slicing.report.settings import SETTINGS, Setting, differing, shown_value
 
 Cell = Callable[[Point, Results], str]
@@ -135,11 +135,11 @@ def _label_columns(runs: Sequence[Results], labelled: bool) -> list[Column]:
     columns = [
         Column("model", ("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run["model"]["name"]]),
         Column("text", ("", "text"), -max(map(len, texts), default=4), lambda _, run: text_label(run)),
-        Column("seed", ("", "seed"), 5, lambda _, run: str(run["seed"])),
+        Column("seed", ("", "seed"), 5, lambda _, run: optional(seed_of(run), "d")),
         Column("rotations", ("rota-", "tions"), 5, lambda point, _: str(point["rotations"] or "-"), rank=2),
         Column("calibrated", ("", "calibrated"), -11, lambda point, _: point["calibration"] or "-", rank=2),
     ]
-    seeds = len({run["seed"] for run in runs}) > 1
+    seeds = len({seed_of(run) for run in runs}) > 1
     wanted = {"model": labelled, "text": labelled and len(texts) > 1, "seed": labelled and seeds}
     columns = [replace(column, shown=wanted.get(column.name, labelled)) for column in columns]
     return [*columns, *(_setting_column(setting, runs, setting in differ) for setting in SETTINGS)]

@@ -12,7 +12,7 @@ from slicing.families import InputError
 from slicing.files import replacing
 from slicing.report.columns import against_constant, mean_of
 from slicing.report.labels import is_sliced_model
-from slicing.report.seeds import is_pooled
+from slicing.report.seeds import is_pooled, seed_of
 from slicing.report.settings import SETTINGS
 
 
@@ -48,7 +48,7 @@ def csv_rows(runs: Sequence[Results]) -> tuple[list[str], list[dict[str, Any]]]:
 def _csv_row(point: Point, results: Results) -> dict[str, Any]:
     text = results["data"]["perplexity"]
     row: dict[str, Any] = {"model": results["model"]["name"], "revision": results["model"]["revision"]}
-    row |= {"text": text["source"], "split": text["split"], "seed": results["seed"]}
+    row |= {"text": text["source"], "split": text["split"], "seed": seed_of(results)}
     row |= {setting.name: setting.value(results) for setting in SETTINGS}
     plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
     row |= {key: point[key] for key in plain}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from slicing.experiment.names import short_model_name, shown, text_name
 from slicing.experiment.results import Results, dense_point, is_accuracy
+from slicing.report.seeds import seed_of
 from slicing.report.settings import SETTINGS
 
 TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
@@ -49,7 +50,7 @@ def run_label(results: Results) -> str:
 def run_labels(runs: Sequence[Results]) -> list[str]:
     """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model,
     tasks and settings, else with a number."""
-    marks = [text_label, lambda run: f"seed {run['seed']}", lambda run: shown(run["model"]["name"]), _task_names]
+    marks = [text_label, _seed_label, lambda run: shown(run["model"]["name"]), _task_names]
     marks += [setting.label for setting in SETTINGS]
     return _told_apart([run_label(run) for run in runs], runs, marks)
 
@@ -72,6 +73,11 @@ def _told_apart(labels: Sequence[str], runs: Sequence[Results], marks: Sequence[
                 for i, text in zip(group, texts, strict=True):
                     told[i] += f", {text}"
     return [f"{one} ({told[:i].count(one) + 1})" if told.count(one) > 1 else one for i, one in enumerate(told)]
+
+
+def _seed_label(results: Results) -> str:
+    seed = seed_of(results)
+    return "mean over seeds" if seed is None else f"seed {seed}"
 
 
 def _task_names(results: Results) -> str:

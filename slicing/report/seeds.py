@@ -18,6 +18,11 @@ def is_pooled(point: Point) -> bool:
     return "seeds" in point
 
 
+def seed_of(run: Results) -> int | None:
+    """The seed of a run; None of several as one."""
+    return None if any(map(is_pooled, run["points"])) else int(run["seed"])
+
+
 def pooled(runs: Sequence[Results]) -> list[Results]:
     """The runs, those that differ by their seed alone as one in the place of the first."""
     groups: dict[str, list[Results]] = {}
