@@ -385,9 +385,11 @@ def slice_modules(model: PreTrainedModel, config: SlicedConfig) -> None:
     layers = in_model(model, family.layers)
     if isinstance(layers[0], SlicedLayer):  # a classifier's body, made as a sliced one
         return
-    if config.embedding_size < config.hidden_size:
-        for path in family.tables:
-            table = in_model(model, path)
+    for path in family.tables:
+        table = in_model(model, path)
+        if isinstance(table, nn.Embedding):
+            table.padding_idx = None  # or loading may set that row to 0, see `_loses_padding`
+        if config.embedding_size < config.hidden_size:
             table.embedding_dim = config.embedding_size
             table.weight = nn.Parameter(table.weight.new_empty(table.weight.shape[0], config.embedding_size))
             table._is_hf_initialized = False
@@ -414,12 +416,15 @@ def plain_config(model: SlicedPreTrainedModel) -> PretrainedConfig | None:
     `sliced_from` the numbers in whose place they stand.
 
     None where there is no such config: a width is cut, or its inner widths differ where the family has one number for
-    them. Found by trying: the family's model of that config must have the same tensors.
+    them. Found by trying: the family's model of that config must have the same tensors. None too where loading such a
+    checkpoint would change it.
     """
     config: SlicedConfig = model.config
     if any(width < config.hidden_size for width in config.widths):
         return None
     family, dense = FAMILIES[config.dense_model_type], config.dense()
+    if _loses_padding(model, _empty(model, dense)):
+        return None
     if config.inner_widths is None:
         return dense
     changed: dict[int, set[int]] = {}
@@ -464,6 +469,23 @@ def _empty(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrained
     with torch.device("meta"):
         found: PreTrainedModel = model.dense_class(copy.deepcopy(config))
     return found
+
+
+def _loses_padding(model: SlicedPreTrainedModel, dense: PreTrainedModel) -> bool:
+    """Whether loading sets the row of a padding token to 0 that is something else here: the code of a family that
+    initialises what a checkpoint lacks (Youtu's) may forget that it has this row."""
+    for name, table in dense.named_modules():
+        index = table.padding_idx if isinstance(table, nn.Embedding) else None
+        if index is None or not model.get_submodule(name).weight[index].any():
+            continue
+        trial = nn.Embedding(index + 1, 1, padding_idx=index)
+        nn.init.ones_(trial.weight)
+        trial.weight.__dict__["_is_hf_initialized"] = True  # as a tensor that was read
+        with torch.no_grad():
+            dense._init_weights(trial)
+        if not trial.weight[index].all():
+            return True
+    return False
 
 
 def _as_dense(model: SlicedPreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:

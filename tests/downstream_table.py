@@ -59,7 +59,7 @@ ROWS: dict[str, Row] = {
     "plain checkpoints": Row(
         "equal inner widths: opened without trusted code, the same logits",
         "test_plain.py",
-        ("test_equal_inner_widths", "test_constant_inner_slicing"),
+        ("test_equal_inner_widths", "test_a_saved_model_of_any_family", "test_constant_inner_slicing"),
     ),
     "lm-eval": Row(
         "its `hf` model on the folder, with code and plain",
