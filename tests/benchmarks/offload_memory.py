@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from shapes import SlicingOptions, option, parse, random_model, random_windows, widths_of
-from timing import Table, machine, print_heading, timed
+from timing import Table, machine, print_heading
 
 from slicing.devices import model_bytes
 from slicing.files import write_json
 from slicing.rotation import rotate_and_slice
+from slicing.speed import timed
 
 
 @dataclass(frozen=True)

@@ -3,31 +3,29 @@
     PYTHONPATH=. python tests/benchmarks/sliced_model_speed.py --shape 7b --json speed.json
     PYTHONPATH=. python tests/benchmarks/sliced_model_speed.py --shape 7b --round-intervals 1 64 --cuts 0.3
 
-Whole models with random weights. Prefill is a plain forward: the head on the last token only, no cache written.
-Decoding is greedy, one token a step with its head, in a static cache whose whole length every step attends to; on CUDA
-a step is a CUDA graph, unless --eager is given. Dense and sliced take turns; a ratio is that of the two medians.
+Whole models with random weights; what is timed is in slicing/speed.py. On CUDA a decoded step is a CUDA graph, unless
+--eager is given. Dense and sliced take turns; a ratio is that of the two medians.
 """
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from shapes import ModelOptions, option, parse, random_model, random_sliced_model, random_windows, widths_of
-from timing import Table, machine, plain_forward, print_heading, timed
-from transformers import PreTrainedModel, StaticCache
+from timing import Table, machine, print_heading
+from transformers import PreTrainedModel
 
 from slicing.families import InputError
 from slicing.files import write_json
 from slicing.modeling import count_parameters
+from slicing.speed import WARM_UP_STEPS, Work, decoding, median_speeds, prefill, take_turns
 
 VECTORS = ("constant", "published")
-WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,6 @@ class Options(ModelOptions):
         needed = max(self.decode_steps, WARM_UP_STEPS)
         if self.cache_length < needed:
             raise InputError(f"--cache-length is {self.cache_length}, the decoded tokens need {needed}: raise it")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Something to time: `rewind` goes before each turn and is not timed."""
-
-    tokens: int  # of a turn
-    run: Callable[[], object]
-    rewind: Callable[[], object] = lambda: None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +82,7 @@ def _compare(options: Options, model: PreTrainedModel, graphs: bool) -> list[dic
         sliced_model = random_sliced_model(model, widths, rotations)
         sliced = _works(sliced_model, options, graphs)
         kept = count_parameters(sliced_model) / dense_parameters
-        speeds = [_take_turns(model.device, *works, options.repeats) for works in zip(dense, sliced, strict=True)]
+        speeds = [_compared(model.device, *works, options.repeats) for works in zip(dense, sliced, strict=True)]
         del sliced_model, sliced
         gc.collect()
         if model.device.type == "cuda":
@@ -116,58 +105,27 @@ def _compare(options: Options, model: PreTrainedModel, graphs: bool) -> list[dic
     return models
 
 
-def _take_turns(device: torch.device, dense: Work, sliced: Work, repeats: int) -> dict[str, Any]:
+def _compared(device: torch.device, dense: Work, sliced: Work, repeats: int) -> dict[str, Any]:
     """Tokens a second of both from the medians, their ratio, and the seconds of each turn."""
-    seconds: dict[str, list[float]] = {"dense": [], "sliced": []}
-    for _ in range(repeats):
-        for name, work in (("dense", dense), ("sliced", sliced)):
-            work.rewind()
-            seconds[name].append(timed(device, work.run)[0])
-    speed = {name: dense.tokens / statistics.median(turns) for name, turns in seconds.items()}
-    return {**speed, "ratio": speed["sliced"] / speed["dense"], "seconds": seconds}
+    works = {"dense": dense, "sliced": sliced}
+    seconds = take_turns(device, works, repeats)
+    found = median_speeds(works, seconds)
+    return {**found, "ratio": found["sliced"] / found["dense"], "seconds": seconds}
 
 
 def _works(model: PreTrainedModel, options: Options, graphs: bool) -> list[Work]:
     """Prefill and decoding at each batch size of one model, warm."""
-    count, length = options.prefill
-    windows = random_windows(model.config.get_text_config(), count, length, options.seed).to(model.device)
-    prefill = Work(windows.numel(), lambda: plain_forward(model, windows, len(windows)))
-    for _ in range(2):
-        prefill.run()
-    return [prefill, *(_decoding(model, batch, options, graphs) for batch in options.decode_batches)]
 
+    def tokens(count: int, length: int) -> torch.Tensor:
+        return random_windows(model.config.get_text_config(), count, length, options.seed).to(model.device)
 
-@torch.inference_mode()
-def _decoding(model: PreTrainedModel, batch: int, options: Options, graphs: bool) -> Work:
-    """Greedy decoding of `batch` sequences from an empty static cache; each step reads the token of the last one."""
-    cache = StaticCache(config=model.config, max_cache_len=options.cache_length)
-    # its name differs between Transformers releases
-    name = "cache" if "cache" in signature(type(model.get_decoder()).forward).parameters else "past_key_values"
-    first = random_windows(model.config.get_text_config(), batch, 1, options.seed).to(model.device)  # (B, 1)
-    token = first.clone()
-
-    @torch.inference_mode()
-    def step() -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=token, use_cache=True, **{name: cache}).logits  # (B, 1, V)
-        token.copy_(logits.argmax(-1))
-        return logits
-
-    @torch.inference_mode()
-    def rewind() -> None:  # it also keeps alive what a graph reads and writes
-        cache.reset()
-        token.copy_(first)
-
-    for _ in range(WARM_UP_STEPS):  # the first one allocates the cache, which a graph must find in its place
-        logits = step()
-    if not bool(logits.isfinite().all()):
-        raise InputError(f"the logits are not finite in {model.dtype}: use --dtype bfloat16")
-    run: Callable[[], object] = step
-    if graphs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(model.device), torch.cuda.graph(graph):
-            step()
-        run = graph.replay
-    return Work(batch * options.decode_steps, lambda: [run() for _ in range(options.decode_steps)], rewind)
+    return [
+        prefill(model, tokens(*options.prefill)),
+        *(
+            decoding(model, tokens(batch, 1), options.decode_steps, options.cache_length, graph=graphs)
+            for batch in options.decode_batches
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from shapes import CalibrationOptions, option, parse, random_model, random_windows, widths_of
-from timing import Table, machine, plain_forward, print_heading, timed, timed_parts
+from timing import Table, machine, print_heading, timed_parts
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,6 +31,7 @@ from slicing.likelihood import window_nll
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import rotate_and_slice, slice_with_bases
+from slicing.speed import plain_forward, timed
 
 WARM_UP = 8  # windows
 PARTS: dict[str, list[tuple[Any, str]]] = {

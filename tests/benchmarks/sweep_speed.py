@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import CalibrationOptions, option, parse, random_model, random_windows, widths_of
-from timing import Table, machine, print_heading, timed
+from timing import Table, machine, print_heading
 from transformers import PreTrainedModel
 
 from slicing.bases import dense_bases
@@ -25,6 +25,7 @@ from slicing.likelihood import window_nll
 from slicing.modeling import count_parameters
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.schedule import sweep_amounts
+from slicing.speed import timed
 
 
 @dataclass(frozen=True)

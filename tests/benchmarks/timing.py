@@ -1,28 +1,18 @@
-"""Seconds on a device, the plain forward that the benchmarks compare with, and their tables."""
+"""Seconds of the parts of a piece of work, what it ran on, and the tables of the benchmarks."""
 
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
 
-Result = TypeVar("Result")
-
-
-def timed(device: torch.device, run: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds of a call, the device idle before and after, and what it returned."""
-    _wait(device)
-    start = time.perf_counter()
-    result = run()
-    _wait(device)
-    return time.perf_counter() - start, result
+from slicing.speed import timed
 
 
 @contextmanager
@@ -47,13 +37,6 @@ def timed_parts(device: torch.device, parts: dict[str, list[tuple[Any, str]]]) -
             for owner, attribute in places:
                 stack.enter_context(patch.object(owner, attribute, measured(name, getattr(owner, attribute))))
         yield seconds
-
-
-@torch.inference_mode()
-def plain_forward(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> None:
-    """The baseline: the model's own forward on all windows, with the head on the last token only and no cache."""
-    for batch in torch.split(windows, batch_size):
-        model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -95,8 +78,3 @@ class Table:
         texts = ["-" if cell is None else cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells]
         padded = [first.ljust(self.widths[0]), *map(str.rjust, texts, self.widths[1:])]
         print(f"| {' | '.join(padded)} |", flush=True)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
