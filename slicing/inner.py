@@ -58,7 +58,9 @@ def check_inner_widths(model: PreTrainedModel, family: Family, widths: list[int]
     if len(widths) != len(sizes):
         raise InputError(f"got {len(widths)} inner widths for {len(sizes)} layers: give one a layer")
     for index, (width, size) in enumerate(zip(widths, sizes, strict=True)):
-        if not 1 <= width <= size:
+        if size == 0 and width != 0:
+            raise InputError(f"the inner width of layer {index} is {width}: it must be 0, since it has no MLP")
+        if not min(1, size) <= width <= size:
             raise InputError(
                 f"the inner width of layer {index} is {width}: it must lie in [1, {size}], the model's own"
             )

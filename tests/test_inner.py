@@ -18,7 +18,7 @@ from tiny_models import tolerance as bound
 from transformers import PreTrainedModel
 
 from slicing.families import InputError
-from slicing.inner import inner_sizes, kept_neurons, leverage, taken_over
+from slicing.inner import check_inner_widths, inner_sizes, kept_neurons, leverage, taken_over
 from slicing.modeling import count_parameters
 from slicing.narrow import inner_matrices, outputs_of
 from slicing.parts import find_block, input_axis, matrix, part
@@ -27,13 +27,16 @@ from slicing.weights import rows_of
 
 MANY = windows(60)
 GONE = 8  # neurons of each MLP that never say anything
-every_case = pytest.mark.parametrize("case", [case for case in CASES if not output_norms(case)])
+LAYERS_WITHOUT = "nemotron_h"  # an MLP: their inner width is 0
+every_case = pytest.mark.parametrize("case", [*(case for case in CASES if not output_norms(case)), LAYERS_WITHOUT])
 
 
 def silence(model: PreTrainedModel, case: str) -> None:
     """Make every third of the first neurons 0, by its readers' rows, in place."""
     neurons = 3 * torch.arange(GONE)
     for layer in part(model, family_of(case).layers):
+        if not find_block(layer, family_of(case)).mlp_out:
+            continue
         for width, readers in inner_matrices(layer, find_block(layer, family_of(case))).values():
             for path in readers:
                 owner, name = matrix(layer, path)
@@ -53,8 +56,8 @@ def silent_model(case: str) -> tuple[PreTrainedModel, list[int]]:
 @every_case
 def test_neurons_that_say_nothing_go_without_a_loss(case):
     model, sizes = silent_model(case)
-    fewer = [size - GONE for size in sizes]
-    sliced = rotate_and_slice(model, MANY, [HIDDEN] * LAYERS, inner_widths=fewer, refit=case != "llama")
+    fewer = [size and size - GONE for size in sizes]
+    sliced = rotate_and_slice(model, MANY, [HIDDEN] * len(sizes), inner_widths=fewer, refit=case != "llama")
     assert relative_error(logits(sliced, windows()), logits(model, windows())) < bound(case)
     assert inner_sizes(sliced, family_of(case)) == fewer == sliced.config.inner_widths
 
@@ -62,8 +65,8 @@ def test_neurons_that_say_nothing_go_without_a_loss(case):
 @every_case
 def test_inner_widths_of_the_model_change_nothing(case):
     model, sizes = silent_model(case)
-    plain = rotate_and_slice(model, windows(), [16, 21, 12])
-    same = rotate_and_slice(model, windows(), [16, 21, 12], inner_widths=sizes)
+    plain = rotate_and_slice(model, windows(), [16, 21, 12, 16][: len(sizes)])
+    same = rotate_and_slice(model, windows(), [16, 21, 12, 16][: len(sizes)], inner_widths=sizes)
     assert same.config.inner_widths is None
     assert torch.equal(logits(same, windows()), logits(plain, windows()))
 
@@ -135,3 +138,5 @@ def test_what_is_taken_over_is_the_least_squares_share():
 def test_inner_widths_that_dont_fit_are_refused(widths, message):
     with pytest.raises(InputError, match=message):
         rotate_and_slice(random_model("llama"), MANY, [HIDDEN] * LAYERS, inner_widths=widths)
+    with pytest.raises(InputError, match="the inner width of layer 0 is 16: it must be 0, since it has no MLP"):
+        check_inner_widths(random_model("mamba"), family_of("mamba"), [16] * LAYERS)

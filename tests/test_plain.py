@@ -149,12 +149,18 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("plain"))
 
 
-def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(runs, tmp_path, capsys):
+INNER_SIZES = {"llama": 64, "gpt2": 192, "mixtral": 64}  # in front of a cut of 0.3
+
+
+@pytest.mark.parametrize("case", INNER_SIZES)
+def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(case, tmp_path, capsys):
     """0.3 of 64 neurons is no multiple of 8: all layers get the nearest one."""
+    runs = Runs(tmp_path / "runs", case=case)
+    nearest = 8 * round(0.7 * INNER_SIZES[case] / 8)
     more = ("--inner-mean", "0.3", "--vector-cut", *VECTOR, "--save-model", "all", "--calibration-samples", "60")
     folder, results = runs.run("inner", *more, mean=0, step=0.3)
     _, constant, dynamic = results["points"]
-    assert (constant["base"], constant["inner_widths"]) == (0.3, [48] * LAYERS)
+    assert (constant["base"], constant["inner_widths"]) == (0.3, [nearest] * LAYERS)
     (plain,) = (folder / "models").glob("SB_0.3000-*")
     (coded,) = (folder / "models").glob("SB_0.0000-*")
     assert len(set(dynamic["inner_widths"])) > 1

@@ -42,14 +42,14 @@ def write_text(folder: Path, seed: int = 0, **words: int) -> str:
     return str(folder / "{split}.txt")
 
 
-def write_model(folder: Path, **settings: Any) -> None:
-    """A llama of 3 layers and width 48 with a tokenizer, as a folder."""
+def write_model(folder: Path, case: str = "llama", **settings: Any) -> None:
+    """A model of 3 layers and width 48 with a tokenizer, as a folder."""
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    model = random_model("llama", dtype=torch.float32, vocab_size=304, max_position_embeddings=256, **settings)
+    model = random_model(case, dtype=torch.float32, vocab_size=304, max_position_embeddings=256, **settings)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.3)  # perplexities of some hundreds
     model.save_pretrained(folder)

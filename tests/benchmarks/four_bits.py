@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tools", nargs="+", default=list(MODULES), choices=list(MODULES))
     parser.add_argument("--dataset", default="wikitext2")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window of the test split")
-    parser.add_argument("--samples", type=int, default=None, help="windows; all by default")
+    parser.add_argument("--samples", type=int, default=None, help="windows, from the first on; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
     options = parser.parse_args(argv)
     whole, tokenizer = slicing.load_model(options.model, device=options.device)
-    test = slicing.token_windows(options.dataset, tokenizer, split="test", length=options.length, count=options.samples)
+    test = slicing.token_windows(options.dataset, tokenizer, split="test", length=options.length)[: options.samples]
     found: dict[str, Any] = {"as saved": slicing.perplexity(whole, test)}
     print("| | all layers | without shortcuts |\n|---|---:|---:|")
     print(f"| as saved | {found['as saved']:.3f} | |", flush=True)
