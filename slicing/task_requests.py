@@ -1,6 +1,8 @@
 """Requests of lm-eval tasks: built once for all models, their token ids checked before one is loaded."""
 
 import contextlib
+import functools
+import io
 import random
 import sys
 from collections.abc import Iterator
@@ -120,23 +122,36 @@ def set_seeds(seed: int | None) -> None:
 def bars_of_lm_eval(progress: Progress) -> Iterator[None]:
     """lm-eval has no switch for its progress bars, and some have no name: here each has one, and they are shown, hidden
     or told as `progress` says."""
+    import lm_eval.api.metrics as metrics
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
+    import tqdm as bars
 
-    def named(*args: Any, **kwargs: Any) -> Any:
-        kwargs["desc"] = kwargs.get("desc") or UNNAMED
+    def named(*args: Any, name: str = UNNAMED, **kwargs: Any) -> Any:
+        kwargs["desc"] = kwargs.get("desc") or name
         if callable(progress):
             return _Told(progress, *args, **kwargs)
         return tqdm(*args, **kwargs | {"disable": kwargs.get("disable") or not progress})
 
+    def bootstrapped(metric: Any, *args: Any, **kwargs: Any) -> Any:
+        """It imports its bar when it is called, and prints what it is about to do."""
+        bars.tqdm = functools.partial(named, name=f"standard error of {metric.__name__}")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return bootstrap(metric, *args, **kwargs)
+        finally:
+            bars.tqdm = tqdm
+
     modules = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
-    before = [module.tqdm for module in modules]
+    before, bootstrap = [module.tqdm for module in modules], metrics.bootstrap_stderr
     try:
         for module in modules:
             module.tqdm = named
+        metrics.bootstrap_stderr = bootstrapped
         yield
     finally:
+        metrics.bootstrap_stderr = bootstrap
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar
 

@@ -357,23 +357,32 @@ print([name for name in ("torch", "transformers", "lm_eval", "datasets") if name
     assert done.stderr == f"error: task 'tiny_ending' is unknown: {near}\n"
 
 
-def test_every_bar_of_an_evaluation_has_a_name(reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
-    evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings"], TASKS), progress=True)
-    shown = [line.strip() for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "%|" in line]
-    assert shown
+MEDIAN = "[{metric: acc, aggregation: median, higher_is_better: true}]"  # whose error lm-eval finds by resampling
+
+
+def test_every_bar_of_an_evaluation_has_a_name(folder: Path, reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
+    write_task(folder, "medians", metric_list=MEDIAN)
+    scores = evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings", "medians"], folder), progress=True)
+    assert scores["medians"]["stderr"] is not None
+    lines = [line.strip() for line in capfd.readouterr().err.replace("\r", "\n").splitlines()]
+    shown = [line for line in lines if "%|" in line]
+    assert {line.partition(":")[0] for line in shown} >= {"Running loglikelihood requests", "standard error of median"}
     assert all(line[0].isalpha() for line in shown)
+    assert not [line for line in lines if "bootstrapping" in line]
 
 
-def test_progress_can_be_told_to_a_function_instead(reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
+def test_progress_can_be_told_to_a_function_instead(folder: Path, reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
     told: dict[str, list[float]] = {}
 
     def report(name: str, done: float, total: float, unit: str) -> None:
         told.setdefault(name, [0.0]).append(done / total)
 
+    write_task(folder, "medians", metric_list=MEDIAN)
     capfd.readouterr()
-    evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings"], TASKS), progress=report)
+    evaluate_tasks(reader, tokenizer, resolve_tasks(["medians"], folder), progress=report)
     windows = torch.randint(20, (3, 8))
     layer_redundancy(reader, windows, progress=report)
-    assert set(told) == {"prompts of tasks", "Tokenizing inputs", "Running loglikelihood requests", "LR"}
+    pieces = {"prompts of tasks", "Tokenizing inputs", "Running loglikelihood requests", "standard error of median"}
+    assert set(told) == pieces | {"LR"}
     assert all(sorted(parts) == parts and parts[-1] == 1 for parts in told.values())
     assert "|" not in capfd.readouterr().err
