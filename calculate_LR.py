@@ -99,10 +99,14 @@ def measure(options: Options) -> None:
     check_token_ids(windows, config.get_text_config(decoder=True).vocab_size)
     model, _ = load_model(options.model, device="cpu", dtype=options.dtype, **where)
 
+    from msgspec.structs import replace
+
     from slicing.devices import must_offload, on_devices
     from slicing.experiment.identity import text_entry
+    from slicing.experiment.results import VectorFile
     from slicing.files import write_json
     from slicing.redundancy import layer_redundancy
+    from slicing.structure import as_json, from_json
 
     if not must_offload(model, device, calibration_tokens=0):
         model.to(device)
@@ -111,14 +115,16 @@ def measure(options: Options) -> None:
     print(redundancy.table(), file=sys.stderr)
     screen = Screen()
     screen.show(redundancy.line())
+    found = from_json(redundancy.as_dict(), VectorFile)
     if options.output:
         data = text_entry(options.dataset, options.split, windows)
-        write_json(Path(options.output), redundancy.as_dict() | {"arguments": asdict(options), "data": data})
+        written = replace(found, arguments=asdict(options), data=data)
+        write_json(Path(options.output), as_json(written))
     if options.plot:
         from slicing.experiment.names import shown
         from slicing.report.plots import plot_layer_redundancy
 
-        plot_layer_redundancy(redundancy.as_dict(), shown(options.model), Path(options.plot))
+        plot_layer_redundancy(found, shown(options.model), Path(options.plot))
     screen.close()
 
 

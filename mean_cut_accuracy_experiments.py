@@ -18,7 +18,7 @@ from slicing.experiment.options import Options
 
 if TYPE_CHECKING:
     from slicing.experiment.ranks import Ranks
-    from slicing.experiment.results import Results
+    from slicing.experiment.results import Point, Results
 
 
 def parse(argv: Sequence[str] | None) -> Options:
@@ -81,8 +81,8 @@ def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
     experiment = Experiment(checked, ranks)
     tasks = checked.tasks.loaded.reported if checked.tasks else []
 
-    def print_row(point: dict, results: dict) -> None:
-        if point["kind"] == "dense":
+    def print_row(point: "Point", results: "Results") -> None:
+        if point.kind == "dense":
             screen.show(header(results, tasks=tasks))
         screen.show(format_row(point, results, tasks=tasks))
 
@@ -103,7 +103,7 @@ def show_again(folder: Path, results: "Results", notes: Sequence[str], options: 
 
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    for line in (header(results), *(format_row(point, results) for point in results["points"])):
+    for line in (header(results), *(format_row(point, results) for point in results.points)):
         screen.show(line)
     for line in equal_size_summary(results):
         screen.show(line)

@@ -9,7 +9,8 @@ from tiny_models import HIDDEN, INNER, LAYERS
 from tiny_runs import VECTOR, Runs
 
 import mean_cut_accuracy_experiments as script
-from slicing.experiment.results import constant_point, read_results
+from slicing.experiment.comparison import constant_point
+from slicing.experiment.results import read_results
 from slicing.families import InputError
 from slicing.modeling import SlicedForCausalLM, count_parameters
 from slicing.report.labels import run_label
@@ -27,20 +28,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_both_axes_have_the_same_part_in_every_layer(runs, tmp_path):
     more = ("--inner-mean", "0.2", "--metric", "gradient", "--refit", "--save-model", "best", *MANY)
     folder, results = runs.run("both", *more)
-    dense, constant, *dynamic = results["points"]
-    assert (dense["metric"], dense["refit"], dense["inner_widths"]) == (None, None, None)
+    dense, constant, *dynamic = results.points
+    assert (dense.metric, dense.refit, dense.inner_widths) == (None, None, None)
     for point in (constant, *dynamic):
-        assert (point["metric"], point["refit"], point["inner_mean"]) == ("gradient", True, 0.2)
-        assert point["inner_base"] / 0.2 == pytest.approx(point["base"] / 0.3)
-        assert all(width % 8 == 0 for width in point["inner_widths"])
-        assert sum(point["inner_widths"]) == pytest.approx(0.8 * LAYERS * INNER, abs=8)
-    assert dynamic[-1]["inner_widths"][0] == INNER  # LR 0 and SB 0: nothing goes
-    assert dynamic[-1]["inner_widths"] == inner_widths([0, 0.6, 1], [INNER] * 3, mean=0.2, base=0.0)
+        assert (point.metric, point.refit, point.inner_mean) == ("gradient", True, 0.2)
+        assert point.inner_base / 0.2 == pytest.approx(point.base / 0.3)
+        assert all(width % 8 == 0 for width in point.inner_widths)
+        assert sum(point.inner_widths) == pytest.approx(0.8 * LAYERS * INNER, abs=8)
+    assert dynamic[-1].inner_widths[0] == INNER  # LR 0 and SB 0: nothing goes
+    assert dynamic[-1].inner_widths == inner_widths([0, 0.6, 1], [INNER] * 3, mean=0.2, base=0.0)
     (saved,) = folder.glob("models/*")
     model = SlicedForCausalLM.from_pretrained(saved)
-    best = min((constant, *dynamic), key=lambda point: point["perplexity"])
-    assert model.config.inner_widths == best["inner_widths"]
-    assert count_parameters(model) == best["parameters"]
+    best = min((constant, *dynamic), key=lambda point: point.perplexity)
+    assert model.config.inner_widths == best.inner_widths
+    assert count_parameters(model) == best.parameters
     assert "writers solved anew" in (saved / "README.md").read_text()
     lines = "\n".join(format_table([results]))
     assert "gradient" in lines
@@ -58,38 +59,36 @@ def test_the_inner_width_alone_leaves_the_stream(runs):
     _, results = runs.run(
         "inner", "--inner-mean", "0.3", "--vector-cut", *VECTOR, "--compare", "equal-parameters", *MANY, mean=0
     )
-    points = [point for point in results["points"] if point["kind"] == "sweep"]
-    assert [point["amount"] for point in points] == pytest.approx([0, 0.1, 0.2, 0.3])
-    for point in results["points"][1:]:
-        assert point["widths"] == [HIDDEN] * LAYERS
-        assert point["slices"] == [0.0] * LAYERS
-        assert (point["base"], point["mean"]) == (point["inner_base"], point["inner_mean"])
+    points = [point for point in results.points if point.kind == "sweep"]
+    assert [point.amount for point in points] == pytest.approx([0, 0.1, 0.2, 0.3])
+    for point in results.points[1:]:
+        assert point.widths == [HIDDEN] * LAYERS
+        assert point.slices == [0.0] * LAYERS
+        assert (point.base, point.mean) == (point.inner_base, point.inner_mean)
     assert constant_point(results) is points[0]
-    assert points[0]["inner_widths"] == [0.75 * INNER] * LAYERS  # the multiple of 8 that is next to 0.7 of it
-    assert points[0]["cut"] == pytest.approx(
-        0.25 * 3 * INNER * (3 * HIDDEN + 2) / results["model"]["parameters"], rel=0.1
-    )
-    (equal,) = [point for point in results["points"] if point["kind"] == "equal-parameters"]
-    best = min(points[1:], key=lambda point: point["perplexity"])
-    assert abs(equal["parameters"] - best["parameters"]) <= 8 * (3 * HIDDEN + 2)
+    assert points[0].inner_widths == [0.75 * INNER] * LAYERS  # the multiple of 8 that is next to 0.7 of it
+    assert points[0].cut == pytest.approx(0.25 * 3 * INNER * (3 * HIDDEN + 2) / results.model.parameters, rel=0.1)
+    (equal,) = [point for point in results.points if point.kind == "equal-parameters"]
+    best = min(points[1:], key=lambda point: point.perplexity)
+    assert abs(equal.parameters - best.parameters) <= 8 * (3 * HIDDEN + 2)
     assert "inner SP = 0.3" in run_label(results)
 
 
 def test_equal_parameters_scale_both_axes(runs):
     _, results = runs.run("equal", "--inner-mean", "0.2", "--compare", "equal-parameters", "--step", "0.3", *MANY)
-    (equal,) = [point for point in results["points"] if point["kind"] == "equal-parameters"]
-    assert equal["inner_mean"] / equal["mean"] == pytest.approx(0.2 / 0.3)
-    best = results["points"][2]
-    assert abs(equal["parameters"] / best["parameters"] - 1) < 0.02
+    (equal,) = [point for point in results.points if point.kind == "equal-parameters"]
+    assert equal.inner_mean / equal.mean == pytest.approx(0.2 / 0.3)
+    best = results.points[2]
+    assert abs(equal.parameters / best.parameters - 1) < 0.02
 
 
 def test_points_and_keys_of_plain_runs_are_as_before(runs):
     folder, results = runs.run("plain", "--step", "0.3")
     again, same = runs.run("plain-again", "--step", "0.3", "--metric", "pca", "--inner-mean", "0")
     assert folder.name == again.name
-    assert [point["key"] for point in results["points"]] == [point["key"] for point in same["points"]]
+    assert [point.key for point in results.points] == [point.key for point in same.points]
     _, other = runs.run("other", "--step", "0.3", "--metric", "gradient")
-    keys = {point["key"] for point in results["points"][1:]} & {point["key"] for point in other["points"][1:]}
+    keys = {point.key for point in results.points[1:]} & {point.key for point in other.points[1:]}
     assert not keys
     content = json.loads((folder / "results.json").read_text())
     for point in content["points"]:  # as versions before wrote them
@@ -101,7 +100,7 @@ def test_points_and_keys_of_plain_runs_are_as_before(runs):
 
 def test_one_calibration_takes_the_metric_too(runs):
     _, results = runs.run("once", "--calibration", "once", "--metric", "gradient", "--step", "0.3")
-    assert {point["metric"] for point in results["points"][1:]} == {"gradient"}
+    assert {point.metric for point in results.points[1:]} == {"gradient"}
 
 
 @pytest.mark.parametrize(

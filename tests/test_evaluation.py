@@ -369,14 +369,14 @@ def test_scores_equal_those_of_simple_evaluate(
     scores = evaluate_tasks(reader, tokenizer, tasks, **settings, progress=False)
     assert list(scores) == names
     for name, score in scores.items():
-        for metric, found in score["metrics"].items():
-            assert found["value"] == expected[name][f"{metric},none"]
-            assert found["stderr"] == expected[name][f"{metric}_stderr,none"]
-        assert score["documents"] == expected[name]["sample_len"]
-    assert set(scores["tiny_endings"]["metrics"]) == {"acc", "acc_norm"}
-    assert scores["tiny_endings"]["metric"] == "acc_norm"
-    assert scores["tiny_endings"]["value"] == scores["tiny_endings"]["metrics"]["acc_norm"]["value"]
-    assert scores["tiny_colours"]["metric"] == "acc"
+        for metric, found in score.metrics.items():
+            assert found.value == expected[name][f"{metric},none"]
+            assert found.stderr == expected[name][f"{metric}_stderr,none"]
+        assert score.documents == expected[name]["sample_len"]
+    assert set(scores["tiny_endings"].metrics) == {"acc", "acc_norm"}
+    assert scores["tiny_endings"].metric == "acc_norm"
+    assert scores["tiny_endings"].value == scores["tiny_endings"].metrics["acc_norm"].value
+    assert scores["tiny_colours"].metric == "acc"
 
 
 def test_group_is_reported_as_its_aggregate(reader: Any, tokenizer: Any) -> None:
@@ -384,10 +384,10 @@ def test_group_is_reported_as_its_aggregate(reader: Any, tokenizer: Any) -> None
     scores = evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_group"], TASKS), progress=False)
     assert list(scores) == ["tiny_group"]
     score = scores["tiny_group"]
-    assert (score["metric"], score["documents"]) == ("acc", 14)
-    assert score["value"] == expected["tiny_group"]["acc,none"]
-    assert score["stderr"] == expected["tiny_group"]["acc_stderr,none"]
-    assert score["subtasks"] == {name: expected[name]["acc,none"] for name in ("tiny_endings", "tiny_colours")}
+    assert (score.metric, score.documents) == ("acc", 14)
+    assert score.value == expected["tiny_group"]["acc,none"]
+    assert score.stderr == expected["tiny_group"]["acc_stderr,none"]
+    assert score.subtasks == {name: expected[name]["acc,none"] for name in ("tiny_endings", "tiny_colours")}
 
 
 def test_documents_are_read_once_for_all_models(reader: Any, tokenizer: Any, downloads: list[str]) -> None:
@@ -410,7 +410,7 @@ def test_documents_are_processed_once_for_all_models(reader: Any, tokenizer: Any
     assert documents[0]["question"].startswith("Question: ")
     for _ in range(2):
         score = evaluate_tasks(reader, tokenizer, tasks, progress=False)["tiny_processed"]
-        assert score["value"] == expected
+        assert score.value == expected
     assert tasks.loaded.tasks["tiny_processed"].eval_docs is documents
     assert process.__wrapped__.__name__ == "process"
 
@@ -418,9 +418,9 @@ def test_documents_are_processed_once_for_all_models(reader: Any, tokenizer: Any
 def test_limit_takes_the_first_documents(reader: Any, tokenizer: Any) -> None:
     tasks = resolve_tasks(["tiny_endings"], TASKS)
     score = evaluate_tasks(reader, tokenizer, tasks, limit=1, progress=False)["tiny_endings"]
-    assert score["documents"] == 1
-    assert score["stderr"] is None
-    assert score["value"] in (0.0, 1.0)
+    assert score.documents == 1
+    assert score.stderr is None
+    assert score.value in (0.0, 1.0)
     with pytest.raises(InputError, match="limit of documents is 0"):
         evaluate_tasks(reader, tokenizer, tasks, limit=0, progress=False)
 

@@ -31,7 +31,7 @@ from slicing.experiment.measure import Bench
 from slicing.experiment.names import run_name
 from slicing.experiment.options import Options, check
 from slicing.experiment.repeat import STAMP
-from slicing.experiment.results import Results, mean_accuracy, mean_accuracy_error, read_results
+from slicing.experiment.results import Point, Results, read_results
 from slicing.experiment.store import RunFolder, is_saved_model
 from slicing.report.table import equal_size_summary
 from slicing.rotation import sliced_parameters
@@ -63,8 +63,8 @@ def measured(monkeypatch) -> list[str]:
     return kinds
 
 
-def points(results: Results, kind: str) -> list[dict]:
-    return [point for point in results["points"] if point["kind"] == kind]
+def points(results: Results, kind: str) -> list[Point]:
+    return [point for point in results.points if point.kind == kind]
 
 
 # ---- what a sweep writes and prints
@@ -72,9 +72,9 @@ def points(results: Results, kind: str) -> list[dict]:
 
 def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slicing_then_15_more(runs, capsys):
     folder, results = runs.run("sweep", step=0.02, plots=True)
-    first, constant, *dynamic = results["points"]
-    assert (first["kind"], first["base"], constant["base"], constant["amount"]) == ("dense", None, 0.3, 0)
-    assert [point["base"] for point in dynamic] == pytest.approx([0.3 - 0.02 * k for k in range(1, 16)])
+    first, constant, *dynamic = results.points
+    assert (first.kind, first.base, constant.base, constant.amount) == ("dense", None, 0.3, 0)
+    assert [point.base for point in dynamic] == pytest.approx([0.3 - 0.02 * k for k in range(1, 16)])
     assert {path.name for path in folder.iterdir()} == {
         STAMP,
         "points",
@@ -96,7 +96,7 @@ def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypa
     monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
     found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
     assert comparable(found[0]) == comparable(found[1])
-    assert found[0]["redundancy"]["cosine"] is not None
+    assert found[0].redundancy.cosine is not None
 
 
 def test_a_perplexity_that_is_no_number_is_an_error_and_not_a_point(runs, monkeypatch, capsys):
@@ -110,23 +110,14 @@ def test_a_perplexity_that_is_no_number_is_an_error_and_not_a_point(runs, monkey
     )
 
 
-def test_only_accuracies_are_averaged():
-    accuracy = {"metric": "acc_norm", "value": 0.5, "stderr": 0.1}
-    perplexity_score = {"metric": "word_perplexity", "value": 50.0, "stderr": None}
-    assert mean_accuracy({"a": accuracy, "b": accuracy | {"value": 0.7}, "c": perplexity_score}) == 0.6
-    assert mean_accuracy({"c": perplexity_score}) is None
-    assert mean_accuracy({"a": accuracy, "b": accuracy | {"value": None}}) is None
-    assert mean_accuracy_error({"tasks": {"a": accuracy, "c": perplexity_score}}) == 0.1
-
-
 def test_tasks_are_scored_at_every_point(runs, capsys):
     tasks = ("--tasks", "tiny_endings", "tiny_colours", "--include-path", str(TASKS), "--accuracy-limit", "5")
     _, results = runs.run("tasks", *tasks, step=0.3, plots=True)
-    for point in results["points"]:
-        scores = [point["tasks"][name] for name in ("tiny_endings", "tiny_colours")]
-        assert [score["documents"] for score in scores] == [5, 5]
-        assert point["mean_accuracy"] == sum(score["value"] for score in scores) / 2
-        assert point["seconds"]["tasks"] > 0
+    for point in results.points:
+        scores = [point.tasks[name] for name in ("tiny_endings", "tiny_colours")]
+        assert [score.documents for score in scores] == [5, 5]
+        assert point.mean_accuracy == sum(score.value for score in scores) / 2
+        assert point.seconds.tasks > 0
     assert "tiny_endings" in capsys.readouterr().out
 
 
@@ -135,7 +126,7 @@ def test_tasks_are_scored_at_every_point(runs, capsys):
 
 def test_the_same_command_again_measures_nothing_and_gives_the_same(runs, finished, measured, capsys):
     assert comparable(runs.run("finished", "--quiet")[1]) == comparable(finished[1])
-    assert runs.run("finished", "--offload")[1]["points"] == finished[1]["points"]
+    assert runs.run("finished", "--offload")[1].points == finished[1].points
     assert measured == []
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert rows.count("dynamic") == 6
@@ -149,13 +140,13 @@ def test_a_run_that_goes_on_never_shortens_its_results(runs, monkeypatch):
     write = RunFolder.write_results
 
     def noted(folder, results):
-        written.append(len(results["points"]))
+        written.append(len(results.points))
         write(folder, results)
 
     monkeypatch.setattr(RunFolder, "write_results", noted)
-    assert runs.run("never-shorter", *more, step=0.15)[1]["points"] == first["points"]
-    assert written == [len(first["points"])] == [5]
-    assert len(runs.run("never-shorter", step=0.15)[1]["points"]) == 4  # the comparison is not wanted any more
+    assert runs.run("never-shorter", *more, step=0.15)[1].points == first.points
+    assert written == [len(first.points)] == [5]
+    assert len(runs.run("never-shorter", step=0.15)[1].points) == 4  # the comparison is not wanted any more
     assert written == [5, 4]
 
 
@@ -173,7 +164,7 @@ def test_points_stay_when_a_comparison_or_models_are_asked_for_later(runs, measu
     assert again == folder
     assert measured == ["equal-parameters"]
     assert len(list((folder / "models").iterdir())) == 3
-    assert len(results["points"]) == 4
+    assert len(results.points) == 4
 
 
 def keys(options: Options) -> set[str]:
@@ -334,7 +325,7 @@ def test_a_score_is_measured_again_when_data_elsewhere_have_changed(runs, measur
         data.write_text(f'{{"label": {label}}}\n' * 3)
         assert script.main(runs.arguments("far", "--tasks", "far", "--include-path", str(folder), mean=0)) == 0
         newest = max((runs.folder / "far").iterdir(), key=lambda path: path.stat().st_mtime)
-        scores.append(read_results(newest)["points"][0]["tasks"]["far"]["value"])
+        scores.append(read_results(newest).points[0].tasks["far"].value)
     assert measured == ["dense", "dense"]
     assert scores[0] == scores[1] == 1 - scores[2]
 
@@ -348,13 +339,13 @@ def test_a_task_that_fails_costs_its_cell_and_is_not_measured_again(runs, measur
     more = ("--tasks", "pair", "--include-path", str(tmp_path / "tasks"))
     for _ in range(2):
         _, results = runs.run("cell", *more, mean=0)
-        (point,) = results["points"]
-        assert point["tasks"]["failing"]["value"] is None
-        assert point["tasks"]["failing"]["reason"] == "ModuleNotFoundError: No module named 'not_there'"
-        assert (point["mean_accuracy"], measured) == (None, ["dense"])
+        (point,) = results.points
+        assert point.tasks["failing"].value is None
+        assert point.tasks["failing"].reason == "ModuleNotFoundError: No module named 'not_there'"
+        assert (point.mean_accuracy, measured) == (None, ["dense"])
         head, row = capsys.readouterr().out.splitlines()[1::2]
         assert head.split()[-4:] == ["failing", "good", "accuracy", "seconds"]  # a column for each task of the tag
-        assert row.split()[-4] == f"±{point['tasks']['good']['stderr']:.3f}" or row.split()[-5] == "-"
+        assert row.split()[-4] == f"±{point.tasks['good'].stderr:.3f}" or row.split()[-5] == "-"
     runs.run("cell", *more, "--fresh", mean=0)
     assert measured == ["dense", "dense"]
 
@@ -435,8 +426,8 @@ def test_a_run_killed_at_20_random_moments_ends_as_an_undisturbed_one_and_measur
                 left_with.add(len(finished))
             if any((runs.folder / output).glob("*/results.json")):
                 results = runs.found(output)[1]
-                assert [point["key"] for point in results["points"]] == order[: len(results["points"])]
-                assert len(results["points"]) >= len(finished) - 1
+                assert [point.key for point in results.points] == order[: len(results.points)]
+                assert len(results.points) >= len(finished) - 1
         assert comparable(runs.found(output)[1]) == undisturbed
     assert len(left_with) > 2, "the kills were not spread over the runs"
 
@@ -453,7 +444,7 @@ def test_ctrl_c_ends_with_130_and_one_line_and_keeps_the_finished_points(runs):
         "interrupted: the finished points are kept; the same command goes on from there"
     ]
     files = point_files(runs.folder / "interrupted")
-    assert len(runs.found("interrupted")[1]["points"]) >= len(files) - 1 >= 2
+    assert len(runs.found("interrupted")[1].points) >= len(files) - 1 >= 2
 
 
 # ---- several ranks
@@ -493,7 +484,7 @@ def test_two_ranks_print_and_write_what_one_rank_does(runs, capsys):
     assert comparable(together) == comparable(alone)
     assert table(runs.printed("together", "stdout")) == table(printed)
     assert (runs.printed("together", "stdout", 1), runs.printed("together", "stderr", 1)) == ("", "")
-    assert sorted(runs.begun("together")) == sorted(point["key"] for point in alone["points"])
+    assert sorted(runs.begun("together")) == sorted(point.key for point in alone.points)
     assert {"results.csv", "sweep.png"} <= {path.name for path in folder.iterdir()}
 
 
@@ -516,7 +507,7 @@ def test_a_rank_that_fails_ends_the_other_and_its_finished_points_are_reused(run
     assert "error: another rank of the run has ended" in runs.printed("failing", "stderr", 0)
     finished = point_files(runs.folder / "failing")
     assert len(finished) == 3
-    assert len(runs.found("failing")[1]["points"]) == 3
+    assert len(runs.found("failing")[1].points) == 3
     runs.run("failing")
     assert point_files(runs.folder / "failing").items() >= finished.items()
 
@@ -547,19 +538,17 @@ def test_the_comparison_at_equal_size_is_within_half_a_percent_or_one_step_of_wi
     here = Runs(tmp_path, **settings)
     _, results = here.run(name, "--compare", "equal-parameters", "--round-interval", "2", *more, step=0.15, plots=True)
     (equal,) = points(results, "equal-parameters")
-    dynamic = min(
-        (point for point in points(results, "sweep") if point["amount"] > 0), key=lambda point: point["perplexity"]
-    )
+    dynamic = min((point for point in points(results, "sweep") if point.amount > 0), key=lambda point: point.perplexity)
     model, _ = load_model(str(here.model), device="cpu")
     one_step = max(
-        abs(sliced_parameters(model, changed(equal["widths"], i, by), equal["rotations"]) - equal["parameters"])
+        abs(sliced_parameters(model, changed(equal.widths, i, by), equal.rotations) - equal.parameters)
         for i in range(3)
         for by in (-2, 2)
     )
-    assert abs(equal["parameters"] - dynamic["parameters"]) <= max(0.005 * dynamic["parameters"], one_step)
-    assert equal["base"] == equal["mean"]
-    assert equal["calibration"] == dynamic["calibration"]
-    assert results["points"][-1] is equal
+    assert abs(equal.parameters - dynamic.parameters) <= max(0.005 * dynamic.parameters, one_step)
+    assert equal.base == equal.mean
+    assert equal.calibration == dynamic.calibration
+    assert results.points[-1] is equal
     assert any(line.startswith("At equal size: Perplexity") for line in equal_size_summary(results))
 
 
@@ -594,16 +583,16 @@ def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calib
     monkeypatch.setattr(Bench, "perplexity", trial)
     more = ("--find-base", "--compare", "equal-parameters", "--round-interval", "2")
     _, results = runs.run("search", *more, plots=True)
-    best = min(results["search"]["trials"], key=lambda found: found["perplexity"])
-    assert results["search"]["base"] == best["base"]
-    assert results["search"]["data"]["split"] == "validation"
-    assert tried == [found["base"] for found in results["search"]["trials"]]
+    best = min(results.search.trials, key=lambda found: found.perplexity)
+    assert results.search.base == best.base
+    assert results.search.data.split == "validation"
+    assert tried == [found.base for found in results.search.trials]
     assert len(tried) > 8
-    dense, constant, confirmed = results["points"][:3]
-    assert (dense["kind"], constant["amount"], confirmed["kind"]) == ("dense", 0, "confirm")
-    assert confirmed["base"] == best["base"]
-    assert {point["calibration"] for point in results["points"][1:]} == {"every-point"}
-    assert results["data"]["perplexity"]["split"] == "test"
+    dense, constant, confirmed = results.points[:3]
+    assert (dense.kind, constant.amount, confirmed.kind) == ("dense", 0, "confirm")
+    assert confirmed.base == best.base
+    assert {point.calibration for point in results.points[1:]} == {"every-point"}
+    assert results.data.perplexity.split == "test"
 
     tried.clear()
     measured.clear()
@@ -641,7 +630,7 @@ def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):
     monkeypatch.setattr(Bench, "perplexity", lambda *given: tried.append(given[1].base) or search(*given))
     assert script.main(arguments) == 0
     assert not set(first) & set(tried)
-    assert [found["base"] for found in runs.found("searching")[1]["search"]["trials"]] == first + tried
+    assert [found.base for found in runs.found("searching")[1].search.trials] == first + tried
 
 
 def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(runs, finished, monkeypatch):
@@ -652,10 +641,10 @@ def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(
     )
     _, results = runs.run("once", "--calibration", "once")
     assert len(passes) == 1
-    every, once = finished[1]["points"], results["points"]
-    assert once[0]["nll"] == every[0]["nll"]
-    assert [point["widths"] for point in once] == [point["widths"] for point in every]
-    assert all(a["nll"] != b["nll"] for a, b in zip(once[1:], every[1:], strict=True))
+    every, once = finished[1].points, results.points
+    assert once[0].nll == every[0].nll
+    assert [point.widths for point in once] == [point.widths for point in every]
+    assert all(a.nll != b.nll for a, b in zip(once[1:], every[1:], strict=True))
 
 
 # ---- saved models
@@ -672,33 +661,33 @@ def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, cap
         monkeypatch.setattr(Bench, "can_keep", lambda *_: False)
     folder, results = runs.run(f"save{rotations}", "--save-model", "best", "--rotations", rotations, step=0.15)
     (saved,) = (folder / "models").iterdir()
-    best = min(points(results, "sweep"), key=lambda point: point["perplexity"])
+    best = min(points(results, "sweep"), key=lambda point: point.perplexity)
     assert len(sliced) == len(points(results, "sweep")) + (rotations == "2")
-    assert saved.name == f"SB_{best['base']:.4f}-{best['key'][:8]}"
+    assert saved.name == f"SB_{best.base:.4f}-{best.key[:8]}"
     assert "pipeline_tag" in (saved / "README.md").read_text()
     for file in saved.iterdir():  # what is pushed tells nothing of this machine
         assert str(runs.folder).encode() not in file.read_bytes(), file.name
     model, tokenizer = load_model(str(saved), device="cpu")
-    assert count_parameters(model) == best["parameters"]
+    assert count_parameters(model) == best.parameters
     test = token_windows(runs.text, tokenizer, split="test", length=16)
-    assert perplexity(model, test, progress=False) == best["perplexity"]
+    assert perplexity(model, test, progress=False) == best.perplexity
 
     capsys.readouterr()
     _, again = runs.run(f"alone{rotations}", "--model", str(saved), mean=0, plots=True)
-    (alone,) = again["points"]
-    assert (alone["kind"], alone["nll"]) == ("dense", best["nll"])
-    assert (alone["parameters"], alone["cut"]) == (best["parameters"], best["cut"])
-    assert (again["model"]["model_type"], again["model"]["parameters"]) == ("sliced", results["model"]["parameters"])
+    (alone,) = again.points
+    assert (alone.kind, alone.nll) == ("dense", best.nll)
+    assert (alone.parameters, alone.cut) == (best.parameters, best.cut)
+    assert (again.model.model_type, again.model.parameters) == ("sliced", results.model.parameters)
     row = capsys.readouterr().out.splitlines()[3]
     assert row.startswith("sliced model  ")
-    assert f"{best['cut']:.1%}" in row
-    assert again["data"]["calibration"] is None
+    assert f"{best.cut:.1%}" in row
+    assert again.data.calibration is None
 
 
 def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
     folder, results = runs.run("save-all", "--save-model", "all", step=0.15)
     names = sorted(path.name for path in (folder / "models").iterdir())
-    assert len(names) == len(results["points"]) - 1 == 3
+    assert len(names) == len(results.points) - 1 == 3
     shutil.rmtree(folder / "models" / names[0])
     runs.run("save-all", "--save-model", "all", step=0.15)
     assert sorted(path.name for path in (folder / "models").iterdir()) == names
@@ -775,10 +764,10 @@ def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs,
     _, from_file = runs.run("from-file", "--vector-cut", str(file), step=0.3)
     _, pasted = runs.run("pasted", "--vector-cut", *line, step=0.3)
     for name in ("normalised", "cosine", "stderr"):
-        assert measured["redundancy"][name] == pytest.approx(from_file["redundancy"][name], rel=1e-6)
-    assert measured["data"]["redundancy"] == from_file["data"]["redundancy"]
-    assert pasted["redundancy"]["normalised"] == pytest.approx(from_file["redundancy"]["normalised"], abs=5e-5)
-    assert (pasted["redundancy"]["cosine"], pasted["data"]["redundancy"]) == (None, None)
+        assert getattr(measured.redundancy, name) == pytest.approx(getattr(from_file.redundancy, name), rel=1e-6)
+    assert measured.data.redundancy == from_file.data.redundancy
+    assert pasted.redundancy.normalised == pytest.approx(from_file.redundancy.normalised, abs=5e-5)
+    assert (pasted.redundancy.cosine, pasted.data.redundancy) == (None, None)
 
 
 def test_lr_that_was_measured_is_kept(runs, monkeypatch):
@@ -791,7 +780,7 @@ def test_lr_that_was_measured_is_kept(runs, monkeypatch):
 
 def test_a_vector_whose_ends_are_not_0_and_1_is_stretched_with_a_note_on_stderr(runs, capsys):
     _, results = runs.run("stretched", "--vector-cut", "0.2", "0.5", "0.7", step=0.3)
-    assert results["redundancy"]["normalised"] == pytest.approx([0, 0.6, 1])
+    assert results.redundancy.normalised == pytest.approx([0, 0.6, 1])
     assert "note: the vector goes from 0.2 to 0.7" in capsys.readouterr().err
 
 
@@ -803,11 +792,11 @@ def test_seeds_measure_the_dense_model_once_and_give_one_table_of_means(runs, me
     assert script.main(runs.arguments("seeds", *more, step=0.3)) == 0
     assert measured == ["dense", "sweep", "sweep", "sweep", "sweep"]
     first, second = (read_results(path.parent) for path in sorted(runs_of.glob("*/results.json")))
-    assert {first["seed"], second["seed"]} == {1, 2}
+    assert {first.seed, second.seed} == {1, 2}
     assert "seeds  perplexity  " in capsys.readouterr().out
     rows = list(csv.DictReader((runs_of / "results.csv").open()))
     assert [(row["kind"], row["seeds"]) for row in rows] == [("dense", ""), ("sweep", "2"), ("sweep", "2")]
-    values = [run["points"][1]["perplexity"] for run in (first, second)]
+    values = [run.points[1].perplexity for run in (first, second)]
     assert float(rows[1]["perplexity"]) == pytest.approx(sum(values) / 2)
     assert float(rows[1]["perplexity_sd"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
@@ -871,7 +860,7 @@ def test_documents_that_lie_anywhere_are_compared_before_a_finished_run_is_print
         newest = max(
             (runs.folder / "documents").iterdir(), key=lambda folder: (folder / "results.json").stat().st_mtime
         )
-        scores.append(read_results(newest)["points"][0]["tasks"]["own"]["value"])
+        scores.append(read_results(newest).points[0].tasks["own"].value)
     assert sorted(scores[:2]) == [0, 1]
     assert scores[1] == scores[2]
     assert measured == ["dense", "dense"]

@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -48,6 +49,20 @@ def test_imports_go_from_the_report_to_the_experiment_to_the_library(name):
     assert not wrong, f"{name} imports {', '.join(wrong)}"
 
 
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("slicing.report.")))
+def test_the_report_needs_no_more_of_an_experiment_than_its_results(name):
+    needed = {other for other in imports(name) & MODULES.keys() if other.startswith("slicing.experiment.")}
+    assert needed <= {f"slicing.experiment.{other}" for other in ("results", "comparison", "names")}
+
+
+def test_the_report_needs_no_torch():
+    report = ", ".join(name for name in MODULES if name.startswith("slicing.report.") and "__main__" not in name)
+    code = (
+        f"import sys, {report}; print([name for name in ('torch', 'transformers', 'lm_eval') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "[]\n"
+
+
 def test_no_modules_import_one_another_in_a_circle():
     done: set[str] = set()
 
@@ -91,7 +106,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 # ---- pages that are made of the code
 
 
-@pytest.mark.parametrize("page", ["options.md"])
+@pytest.mark.parametrize("page", ["options.md", "results_file.md"])
 def test_a_page_made_of_the_code_is_up_to_date(page):
     made = runpy.run_path(str(ROOT / "docs" / "tables.py"))["PAGES"][page]()
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, "PYTHONPATH=. python docs/tables.py"

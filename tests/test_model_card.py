@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from slicing.experiment.results import Text
 from slicing.report.model_card import write_model_card
 from slicing.report.origin import Origin, origin_of, public_command
+from slicing.task_scores import TaskScore
 
 GIVEN: dict[str, Any] = {
     "origin": Origin("model-7b", "someone/model-7b", "0123abc", {"license": "apache-2.0"}),
@@ -17,12 +19,12 @@ GIVEN: dict[str, Any] = {
     "widths": [4096, 2864, 2048],
     "rotations": 1,
     "calibration": "128 windows of 2048 tokens of wikitext2 (train)",
-    "text": {"source": "wikitext2", "split": "test", "length": 2048},
-    "perplexity": {"dense": 5.4718, "sliced": 8.6432},
+    "text": Text("wikitext2", "test", windows=100, length=2048, tokens=204_800),
+    "perplexity": (5.4718, 8.6432),
     "tasks": {
-        "piqa": {"metric": "acc_norm", "value": 0.7123, "stderr": 0.0105, "documents": 1838},
-        "gsm8k": {"metric": "exact_match", "value": 0.25, "stderr": None, "documents": 4},
-        "odd": {"metric": None, "value": None, "stderr": None, "documents": 4},
+        "piqa": TaskScore("acc_norm", 0.7123, 0.0105, None, 1838, {}),
+        "gsm8k": TaskScore("exact_match", 0.25, None, None, 4, {}),
+        "odd": TaskScore(None, None, None, "it fails", 4, {}),
     },
     "parameters": (7_000_000_000, 5_600_000_000),
     "command": "python mean_cut_accuracy_experiments.py --model someone/model-7b --mean 0.3",
@@ -72,7 +74,7 @@ def test_a_plain_checkpoint_needs_no_trust(tmp_path):
 
 
 def test_what_is_not_known_is_said_to_be_unknown(tmp_path):
-    text = card(tmp_path, origin=Origin("own"), slice_base=None, perplexity={"dense": None, "sliced": 1.0}, tasks={})
+    text = card(tmp_path, origin=Origin("own"), slice_base=None, perplexity=(None, 1.0), tasks={})
     assert "revision" not in text
     assert "license" not in text
     assert "(SB) | none |" in text

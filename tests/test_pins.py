@@ -18,6 +18,7 @@ from tiny_runs import TASKS, Runs
 import mean_cut_accuracy_experiments as script
 from slicing.experiment.measure import Bench
 from slicing.experiment.options import check
+from slicing.experiment.results import Versions
 
 PINS = Path(__file__).parent / "data" / "pins.json"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # What differs between machines and versions, in the keys on purpose.
 FIXED = {
-    "slicing.experiment.identity.versions": {"python": "3", "torch": "2", "transformers": "5", "lm_eval": "0"},
+    "slicing.experiment.identity.versions": Versions("3", "2", "5", "0"),
     "slicing.experiment.identity.model_content": {"weights": "pinned"},
     "slicing.experiment.identity.tokenizer_content": {"whole": "pinned"},
 }
@@ -62,7 +63,7 @@ def points(runs: Runs) -> list[dict[str, Any]]:
     more = ("--compare", "equal-parameters", "--round-interval", "2", "--tasks", "tiny_colours")
     _, results = runs.run("pinned", *more, "--include-path", str(TASKS))
     names = ("kind", "mean", "base", "amount", "widths", "parameters", "perplexity", "mean_accuracy")
-    return [{name: point[name] for name in names} for point in results["points"]]
+    return [{name: getattr(point, name) for name in names} for point in results.points]
 
 
 @pytest.fixture(scope="module")

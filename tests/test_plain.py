@@ -159,18 +159,18 @@ def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(
     nearest = 8 * round(0.7 * INNER_SIZES[case] / 8)
     more = ("--inner-mean", "0.3", "--vector-cut", *VECTOR, "--save-model", "all", "--calibration-samples", "60")
     folder, results = runs.run("inner", *more, mean=0, step=0.3)
-    _, constant, dynamic = results["points"]
-    assert (constant["base"], constant["inner_widths"]) == (0.3, [nearest] * LAYERS)
+    _, constant, dynamic = results.points
+    assert (constant.base, constant.inner_widths) == (0.3, [nearest] * LAYERS)
     (plain,) = (folder / "models").glob("SB_0.3000-*")
     (coded,) = (folder / "models").glob("SB_0.0000-*")
-    assert len(set(dynamic["inner_widths"])) > 1
+    assert len(set(dynamic.inner_widths)) > 1
     assert (coded / "modeling.py").exists()
     assert not list(plain.glob("*.py"))
     assert "plain checkpoint" in (plain / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(plain)
-    assert count_parameters(model) == constant["parameters"]
+    assert count_parameters(model) == constant.parameters
     test = token_windows(runs.text, AutoTokenizer.from_pretrained(plain), split="test", length=16)
-    assert perplexity(model, test, progress=False) == pytest.approx(constant["perplexity"], rel=1e-5)
+    assert perplexity(model, test, progress=False) == pytest.approx(constant.perplexity, rel=1e-5)
     lm = HFLM(pretrained=str(plain), device="cpu")
     assert torch.equal(lm._model_call(test[:1]), logits(model, test[:1]))
     for saved in (plain, coded):
@@ -183,7 +183,7 @@ def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(
 def test_folders_of_either_format_are_measured_again_as_what_they_are(runs, tmp_path, capsys):
     folder, results = runs.run("stream", "--save-model", "best", step=0.3)
     (saved,) = (folder / "models").iterdir()
-    best = min(results["points"][1:], key=lambda point: point["perplexity"])
+    best = min(results.points[1:], key=lambda point: point.perplexity)
     first_format(saved, tmp_path / "old")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path / "old" / name)
@@ -193,16 +193,16 @@ def test_folders_of_either_format_are_measured_again_as_what_they_are(runs, tmp_
 
 def assert_named(runs, saved, point, results, tmp_path, capsys) -> None:
     """A saved model, measured by the second script and tabled by the report, is a sliced one with its true cut."""
-    folder, again = runs.run(f"{results['seed']}-{saved.name}", "--model", str(saved), mean=0)
-    (alone,) = again["points"]
-    assert again["model"]["parameters"] == results["model"]["parameters"]
-    assert (alone["parameters"], alone["cut"]) == (point["parameters"], point["cut"])
-    assert alone["perplexity"] == pytest.approx(point["perplexity"], rel=1e-5)
-    assert point["cut"] > 0.01
+    folder, again = runs.run(f"{results.seed}-{saved.name}", "--model", str(saved), mean=0)
+    (alone,) = again.points
+    assert again.model.parameters == results.model.parameters
+    assert (alone.parameters, alone.cut) == (point.parameters, point.cut)
+    assert alone.perplexity == pytest.approx(point.perplexity, rel=1e-5)
+    assert point.cut > 0.01
     capsys.readouterr()
     for form in ("text", "markdown", "latex", "csv"):
         assert report([str(folder), "--format", form, "--output", str(tmp_path), "--wide"]) == 0
         (row,) = [line for line in capsys.readouterr().out.splitlines() if "sliced model" in line]
-        cut = f"{point['cut']:.1%}".replace("%", r"\%") if form == "latex" else f"{point['cut']:.1%}"
-        assert (str(point["cut"]) if form == "csv" else cut) in row
+        cut = f"{point.cut:.1%}".replace("%", r"\%") if form == "latex" else f"{point.cut:.1%}"
+        assert (str(point.cut) if form == "csv" else cut) in row
     assert "sliced model" in dense_labels([again])[0]

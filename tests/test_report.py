@@ -1,6 +1,5 @@
 """Results read again, compared, tabulated and drawn. The runs are made up: 6 layers, 5 windows."""
 
-import copy
 import csv
 import io
 import json
@@ -16,16 +15,12 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.text
 import pytest
+from msgspec.structs import replace
 
+from slicing.experiment.comparison import mean_accuracy, paired_standard_error
 from slicing.experiment.names import text_name
-from slicing.experiment.results import (
-    RESULTS_SCHEMA,
-    SCHEMA_VERSION,
-    check_results,
-    mean_accuracy,
-    paired_standard_error,
-    read_results,
-)
+from slicing.experiment.results import SCHEMA_VERSION, Point, Results, check_results, read_results, results_of
+from slicing.experiment.store import RunFolder
 from slicing.families import InputError
 from slicing.report.labels import run_labels, text_label
 from slicing.report.plots import (
@@ -39,12 +34,14 @@ from slicing.report.plots import (
 )
 from slicing.report.table import equal_size_summary, format_row, format_table, header, main, write_csv, write_files
 from slicing.schedule import final_slices, slice_widths, sweep_amounts
+from slicing.structure import as_json, keys
+from slicing.task_scores import no_score
 
 LR = [0.0, 0.4, 0.8, 0.9, 1.0, 0.5]
 NOISE = [0.2, -0.1, 0.05, -0.25, 0.1]  # of the windows, mean 0
 
 
-def make_run(
+def content(
     *,
     name: str = "someone/small-model",
     dense: float = 18.46,
@@ -61,7 +58,8 @@ def make_run(
     split: str | None = "test",
     seed: int = 42,
 ) -> dict[str, Any]:
-    """A finished run in which dynamic slicing beats constant slicing; with mean 0 of the dense model alone."""
+    """What results.json holds of a finished run in which dynamic slicing beats constant slicing; with mean 0 of the
+    dense model alone."""
     parameters = 134_500_000
 
     def point(
@@ -151,54 +149,63 @@ def make_run(
     }
 
 
+def make_run(**settings: Any) -> Results:
+    """The run of which `content` is what results.json holds."""
+    return results_of(content(**settings))
+
+
 @pytest.fixture
-def run() -> dict[str, Any]:
+def run() -> Results:
     return make_run()
 
 
-def save(run: dict[str, Any], folder: Path) -> Path:
+def save(run: Results, folder: Path) -> Path:
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(as_json(run)), encoding="utf-8")
     return folder
 
 
-# ---- schema
+# ---- what results.json holds
 
 
-def keys_of(node: Any, path: str = "") -> set[str]:
-    """Dotted names of all keys, as the schema writes them."""
+KEYS = {key: kind for key, kind, _ in keys(Results)}
+
+
+def of_this(node: Any, path: str = "") -> set[str]:
+    """Dotted names of all keys, as `keys` writes them."""
     if isinstance(node, list):
-        return set().union(*(keys_of(item, path) for item in node))
+        return set().union(*(of_this(item, path) for item in node))
     if not isinstance(node, dict) or path == "arguments":
         return set()
-    names = {name: "*" if path == "points.tasks" else name for name in node}
-    paths = {name: f"{path}.{part}".lstrip(".") for name, part in names.items()}
-    return set(paths.values()).union(*(keys_of(node[name], paths[name]) for name in node))
-
-
-def test_every_key_of_a_run_is_documented_and_every_documented_key_is_there(run):
-    run["data"]["redundancy"] = run["data"]["perplexity"]
-    check_results(run)
-    found = {key for key in keys_of(run) if not key.startswith("points.tasks.*.metrics")}
-    assert REQUIRED <= found <= set(RESULTS_SCHEMA)
+    if path in ("tasks", "points.tasks", "points.tasks.*.metrics"):
+        return set().union(*(of_this(item, f"{path}.*") for item in node.values()))
+    paths = {name: f"{path}.{name}".lstrip(".") for name in node}
+    return set(paths.values()).union(*(of_this(node[name], paths[name]) for name in node))
 
 
 def is_required(key: str) -> bool:
     """Whether files and points of earlier versions have a key too."""
     parts = key.split(".")
     parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return not any(RESULTS_SCHEMA[parent][0].endswith(" or absent") for parent in parents)
+    return not any(KEYS.get(parent, "").endswith(" or absent") for parent in parents)
 
 
-REQUIRED = {key for key in RESULTS_SCHEMA if is_required(key)}
+REQUIRED = {key for key in KEYS if is_required(key)}
+
+
+def test_every_documented_key_is_written_and_read_back_the_same(run, tmp_path):
+    run.data.redundancy = run.data.perplexity
+    RunFolder(tmp_path).write_results(run)
+    assert read_results(tmp_path) == run
+    assert REQUIRED <= of_this(json.loads((tmp_path / "results.json").read_text())) <= set(KEYS)
 
 
 def remove(run: dict[str, Any], key: str) -> str:
-    """Remove a key of the schema from the last place that has it; returns the name that the error must have."""
+    """Remove a key from the last place that has it; returns the name that the error must have."""
     node, label = run, ""
     *parents, last = key.split(".")
-    for part in parents:
-        name = "piqa" if part == "*" else part
+    for i, part in enumerate(parents):
+        name = {"tasks": "piqa", "metrics": "acc"}[parents[i - 1]] if part == "*" else part
         node, label = node[name], f"{label}.{name}"
         if isinstance(node, list):
             label += f"[{len(node) - 1}]"
@@ -207,62 +214,64 @@ def remove(run: dict[str, Any], key: str) -> str:
     return f"{label}.{last}".lstrip(".")
 
 
-@pytest.mark.parametrize("key", [key for key in RESULTS_SCHEMA if key in REQUIRED and not key.endswith("*")])
-def test_a_missing_key_is_named(run, key):
-    run["data"]["redundancy"] = dict(run["data"]["perplexity"])
-    run["data"]["calibration"] = dict(run["data"]["calibration"])
-    name = remove(run, key)
+@pytest.mark.parametrize("key", sorted(REQUIRED))
+def test_a_missing_key_is_named(key):
+    raw = content()
+    raw["data"]["redundancy"] = dict(raw["data"]["perplexity"])
+    name = remove(raw, key)
     with pytest.raises(InputError, match="schema_version is None" if key == "schema_version" else re.escape(name)):
-        check_results(run)
+        results_of(raw)
 
 
 def test_points_of_before_the_inner_widths_are_read(run):
-    for point in run["points"]:
+    raw = content()
+    for point in raw["points"]:
         for key in ("metric", "refit", "inner_mean", "inner_base", "inner_widths"):
             del point[key]
-    check_results(run)
+    points = results_of(raw).points
+    assert [point.perplexity for point in points] == [point.perplexity for point in run.points]
+    assert {point.inner_widths for point in points} == {None}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda run: run.update(schema_version=1), f"schema_version is 1, known are 2 and {SCHEMA_VERSION}"),
+        (lambda run: run.update(schema_version=4, git="abc"), "read it with the code that wrote it, commit abc"),
         (lambda run: run["model"].update(parameters=1.5), "model.parameters is '1.5' of type float: it must be int"),
         (lambda run: run["model"].update(tied=1), "model.tied is '1' of type int: it must be bool"),
         (lambda run: run.update(seed=True), "seed is 'True'"),
         (lambda run: run["points"][2].update(perplexity="34"), r"points\[2\].perplexity is '34' of type str"),
-        (lambda run: run["points"][2].update(kind="best"), r"points\[2\].kind is 'best'"),
+        (lambda run: run["points"][2].update(kind="best"), r"points\[2\].kind is 'best' .* one of dense, sweep, equal"),
+        (lambda run: run["points"][2]["nll"].append(None), r"points\[2\].nll\[5\] is 'None' .* must be number"),
         (lambda run: run["points"][1]["nll"].pop(), r"points\[1\].nll has 4 values: there must be 5"),
         (lambda run: run["points"][1]["widths"].pop(), r"points\[1\].widths has 5 values: there must be 6"),
         (lambda run: run["redundancy"].update(normalised=[0, 1]), "redundancy.normalised has 2 values"),
-        (lambda run: run["points"][1].update(note="x"), rf"points\[1\].note is not a key of schema {SCHEMA_VERSION}"),
-        (lambda run: run.update(points=[None]), "points is .* it must be objects"),
+        (lambda run: run["points"][1].update(note="x"), r"points\[1\].note is not a known key"),
+        (lambda run: run.update(points=[None]), r"points\[0\] is 'None' .* it must be object"),
         (lambda run: run["points"][1]["tasks"]["piqa"].pop("stderr"), r"points\[1\].tasks.piqa.stderr is missing"),
+        (lambda run: run["points"][1]["tasks"].update(odd=[]), r"points\[1\].tasks.odd is '\[\]' .* must be object"),
     ],
 )
-def test_wrong_values_are_named_with_their_place(run, change, message):
-    run = copy.deepcopy(run)
-    change(run)
+def test_wrong_values_are_named_with_their_place(change, message):
+    raw = content()
+    change(raw)
     with pytest.raises(InputError, match=message):
-        check_results(run)
+        results_of(raw)
 
 
-def test_results_are_read_back_as_written(run, tmp_path):
-    assert read_results(save(run, tmp_path / "run")) == run
-
-
-def test_results_of_the_version_before_are_read(run, tmp_path):
-    old = copy.deepcopy(run) | {"schema_version": 2}
+def test_results_of_the_version_before_are_read(run):
+    old = content() | {"schema_version": 2}
     for point in old["points"]:
         for score in point["tasks"].values():
             del score["reason"]
-    assert read_results(save(old, tmp_path / "run")) == run
+    assert results_of(old) == run
 
 
 def test_a_score_without_a_value_is_a_dash_an_empty_cell_and_no_mean(run, tmp_path):
-    point = run["points"][1]
-    point["tasks"]["piqa"] |= {"metric": None, "value": None, "stderr": None, "reason": "KeyError: 'body'"}
-    point["mean_accuracy"] = mean_accuracy(point["tasks"])
+    point = run.points[1]
+    point.tasks["piqa"] = no_score("KeyError: 'body'", 1838)
+    point.mean_accuracy = mean_accuracy(point.tasks)
     check_results(run)
     cells = ["-", *_cells(point, "arc_easy"), *"---"]
     assert format_row(point, run, tasks=["piqa", "arc_easy"]).split()[-7:-1] == cells
@@ -271,9 +280,9 @@ def test_a_score_without_a_value_is_a_dash_an_empty_cell_and_no_mean(run, tmp_pa
     assert (row["piqa"], row["piqa_stderr"], row["mean_accuracy"], row["mean_accuracy_stderr"]) == ("", "", "", "")
 
 
-def _cells(point: dict[str, Any], task: str) -> list[str]:
-    score = point["tasks"][task]
-    return f"{score['value']:.3f} ±{score['stderr']:.3f}".split()
+def _cells(point: Point, task: str) -> list[str]:
+    score = point.tasks[task]
+    return f"{score.value:.3f} ±{score.stderr:.3f}".split()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +291,7 @@ def _cells(point: dict[str, Any], task: str) -> list[str]:
         (None, "give the folder of a run"),
         (b'{"schema_version": 2, "poi', "is damaged"),
         (b"\xff\xfe", "is damaged"),
-        (b"[]", "of type list: they must be a JSON object"),
+        (b"[]", "it is '[]' of type list: it must be object"),
         (f'{{"schema_version": {SCHEMA_VERSION}}}'.encode(), "arguments is missing"),
     ],
 )
@@ -307,8 +316,8 @@ def test_paired_standard_error_is_that_of_the_differences():
 
 def test_summary_says_how_much_of_the_gain_is_left_at_equal_size():
     run = make_run(equal=True)
-    constant, best, equal = run["points"][1], run["points"][-2], run["points"][-1]
-    constant["perplexity"], best["perplexity"], equal["perplexity"] = 40.0, 32.0, 36.0
+    constant, best, equal = run.points[1], run.points[-2], run.points[-1]
+    constant.perplexity, best.perplexity, equal.perplexity = 40.0, 32.0, 36.0
     lines = equal_size_summary(run)
     assert len(lines) == 3
     assert "SB 0.000. Perplexity 32.000" in lines[0]
@@ -325,9 +334,9 @@ def test_summary_says_how_much_of_the_gain_is_left_at_equal_size():
 )
 def test_summary_gives_no_share_of_a_difference_within_two_standard_errors(constant, equal):
     run = make_run(equal=True)
-    run["points"] = [*run["points"][:2], *run["points"][-2:]]
-    for point, perplexity in zip(run["points"][1:], (constant, 32.0, equal), strict=True):
-        point["perplexity"] = perplexity
+    run.points = [*run.points[:2], *run.points[-2:]]
+    for point, perplexity in zip(run.points[1:], (constant, 32.0, equal), strict=True):
+        point.perplexity = perplexity
     lines = equal_size_summary(run)
     told = [abs(math.log(reference / 32.0)) > 0.1 for reference in (constant, equal)]
     assert ["in log perplexity: no difference can be told)" not in line for line in lines[:2]] == told
@@ -337,27 +346,27 @@ def test_summary_gives_no_share_of_a_difference_within_two_standard_errors(const
 
 def test_summary_of_one_window_which_has_no_standard_error_gives_the_share():
     run = make_run(equal=True)
-    for point in run["points"]:
-        point["nll"] = point["nll"][:1]
+    for point in run.points:
+        point.nll = point.nll[:1]
     assert "of the gain" in equal_size_summary(run)[2]
 
 
 def test_summary_warns_where_sizes_differ_and_says_where_they_do_not(run):
     assert "2.7% more parameters" in equal_size_summary(run)[1]
-    for point in run["points"][1:]:
-        point["parameters"] = 112_600_000
+    for point in run.points[1:]:
+        point.parameters = 112_600_000
     assert "same number of parameters" in equal_size_summary(run)[1]
 
 
 def test_summary_compares_only_points_made_in_the_same_way():
     run = make_run(confirm=True, calibration="once")
-    assert run["points"][-1]["perplexity"] < run["points"][-2]["perplexity"]
-    assert f"Perplexity {run['points'][-2]['perplexity']:.3f}" in equal_size_summary(run)[0]
+    assert run.points[-1].perplexity < run.points[-2].perplexity
+    assert f"Perplexity {run.points[-2].perplexity:.3f}" in equal_size_summary(run)[0]
 
 
 def test_a_run_without_dynamic_points_has_no_summary_but_the_searchs(run):
-    run["points"] = run["points"][:2]
-    assert equal_size_summary(run | {"search": None}) == []
+    run.points = run.points[:2]
+    assert equal_size_summary(replace(run, search=None)) == []
     assert equal_size_summary(run) == ["The search found no slice base better than constant slicing."]
 
 
@@ -367,7 +376,7 @@ def test_a_run_without_dynamic_points_has_no_summary_but_the_searchs(run):
 def test_rows_are_as_wide_as_the_header_and_aligned_with_it():
     run = make_run(equal=True, confirm=True)
     first, second, rule = header(run).split("\n")
-    rows = [format_row(point, run) for point in run["points"]]
+    rows = [format_row(point, run) for point in run.points]
     assert {len(row) for row in rows} == {len(second)} == {len(rule)}
     for title in ("SB", "SP", "perplexity", "constant", "cut", "arc_easy", "accuracy", "seconds"):
         end = second.index(title) + len(title)
@@ -377,18 +386,18 @@ def test_rows_are_as_wide_as_the_header_and_aligned_with_it():
 
 
 def test_a_row_shows_changes_errors_size_and_time(run):
-    dense, constant, best = run["points"][0], run["points"][1], run["points"][-1]
+    dense, constant, best = run.points[0], run.points[1], run.points[-1]
     row = format_row(best, run)
     for expected in (
-        f"{best['perplexity']:.3f}",
-        f"{best['perplexity'] / dense['perplexity'] - 1:+.1%}",
-        f"{paired_standard_error(best['nll'], dense['nll']):.4f}",
-        f"{best['perplexity'] / constant['perplexity'] - 1:+.1%}",
-        f"{paired_standard_error(best['nll'], constant['nll']):.4f}",
+        f"{best.perplexity:.3f}",
+        f"{best.perplexity / dense.perplexity - 1:+.1%}",
+        f"{paired_standard_error(best.nll, dense.nll):.4f}",
+        f"{best.perplexity / constant.perplexity - 1:+.1%}",
+        f"{paired_standard_error(best.nll, constant.nll):.4f}",
         "115.6M",
         "14.1%",
-        f"{best['tasks']['piqa']['value']:.3f} ±0.011",
-        f"{best['mean_accuracy']:.3f} ±{math.hypot(0.011, 0.013) / 2:.3f}",
+        f"{best.tasks['piqa'].value:.3f} ±0.011",
+        f"{best.mean_accuracy:.3f} ±{math.hypot(0.011, 0.013) / 2:.3f}",
     ):
         assert expected in row
     assert row.endswith(" 143")  # 12.5 + 30.25 + 100
@@ -399,9 +408,9 @@ def test_a_row_shows_changes_errors_size_and_time(run):
     [(0.9996, "+0.0%"), (1.0004, "+0.0%"), (0.9994, "-0.1%"), (100.0, "+9900.0%"), (102.0, ">9999%"), (1e12, ">9999%")],
 )
 def test_changes_have_no_negative_zero_and_stay_in_their_column(run, factor, shown):
-    dense, constant, point = run["points"][:3]
-    dense["perplexity"] = constant["perplexity"] = 10.0
-    point["perplexity"] = 10.0 * factor
+    dense, constant, point = run.points[:3]
+    dense.perplexity = constant.perplexity = 10.0
+    point.perplexity = 10.0 * factor
     row = format_row(point, run)
     assert [row.split()[4], row.split()[6]] == [shown, shown]
     assert len(row) == len(header(run).split("\n")[1])
@@ -409,21 +418,21 @@ def test_changes_have_no_negative_zero_and_stay_in_their_column(run, factor, sho
 
 @pytest.mark.parametrize(("cut", "shown"), [(-0.0001, "0.0%"), (-0.1234, "-12.3%")])
 def test_the_true_cut_has_no_negative_zero_and_stays_in_its_column(run, cut, shown):
-    run["points"][1]["cut"] = cut
-    row = format_row(run["points"][1], run)
+    run.points[1].cut = cut
+    row = format_row(run.points[1], run)
     assert f" {shown} " in row
     assert len(row) == len(header(run).split("\n")[1])
 
 
 def test_rows_can_be_printed_before_the_other_points_exist(run):
-    finished = run["points"]
-    run["points"] = []
+    finished = run.points
+    run.points = []
     names = ["piqa", "arc_easy"]
     early = [format_row(finished[0], run, tasks=names), format_row(finished[2], run, tasks=names)]
     titles = header(run, tasks=names).split("\n")[1].split()
     assert titles[-8:] == ["piqa", "arc_easy", "accuracy", "against", "dense", "against", "constant", "seconds"]
     assert early[1].split()[4:8] == ["-"] * 4
-    run["points"] = finished
+    run.points = finished
     assert format_row(finished[0], run) == early[0]
 
 
@@ -441,7 +450,7 @@ def test_a_table_of_several_runs_names_model_rotations_and_calibration():
 
 
 def test_a_table_has_columns_for_text_and_seed_only_where_they_differ():
-    def titles(*runs: dict[str, Any]) -> list[str]:
+    def titles(*runs: Results) -> list[str]:
         return format_table(runs)[0].split("\n")[1].split()[:3]
 
     assert titles(make_run(), make_run(mean=0.2)) == ["model", "tions", "calibrated"]
@@ -464,19 +473,19 @@ def test_csv_has_every_point_at_full_precision(run, tmp_path):
     write_csv([run], tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["key"] for row in rows] == [point["key"] for point in run["points"]]
-    for row, point in zip(rows, run["points"], strict=True):
+    assert [row["key"] for row in rows] == [point.key for point in run.points]
+    for row, point in zip(rows, run.points, strict=True):
         for name in ("perplexity", "cut", "parameters", "mean_accuracy"):
-            assert float(row[name]) == point[name]
-        assert float(row["arc_easy"]) == point["tasks"]["arc_easy"]["value"]
+            assert float(row[name]) == getattr(point, name)
+        assert float(row["arc_easy"]) == point.tasks["arc_easy"].value
         assert float(row["arc_easy_stderr"]) == 0.013
     assert (rows[0]["base"], rows[0]["change_dense"], rows[1]["change_constant"]) == ("", "", "")
     where = ("model", "text", "split", "window_length", "seed")
     assert {tuple(row[name] for name in where) for row in rows} == {
         ("someone/small-model", "wikitext2", "test", "2048", "42")
     }
-    constant, best = run["points"][1], run["points"][-1]
-    assert float(rows[-1]["paired_se_constant"]) == paired_standard_error(best["nll"], constant["nll"])
+    constant, best = run.points[1], run.points[-1]
+    assert float(rows[-1]["paired_se_constant"]) == paired_standard_error(best.nll, constant.nll)
 
 
 # ---- labels
@@ -543,11 +552,11 @@ def test_sweep_figure_has_labelled_panels_and_one_curve_a_run():
     for axes, value in ((perplexity, "perplexity"), (accuracy, "mean_accuracy")):
         curves = [container.lines[0] for container in axes.containers]
         assert [len(curve.get_xdata()) for curve in curves] == [4, 3]
-        assert list(curves[0].get_ydata()) == [point[value] for point in reversed(runs[0]["points"][1:])]
+        assert list(curves[0].get_ydata()) == [getattr(point, value) for point in reversed(runs[0].points[1:])]
         level = {
             line.get_linestyle(): line.get_ydata()[0] for line in axes.lines if line.get_linestyle() in ("--", ":")
         }
-        assert level == {":": runs[0]["points"][0][value], "--": runs[1]["points"][1][value]}
+        assert level == {":": getattr(runs[0].points[0], value), "--": getattr(runs[1].points[1], value)}
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [
         "small-model, dense",
@@ -564,7 +573,7 @@ def test_accuracy_has_error_bars_of_one_standard_error(run):
 
 
 def test_dense_accuracy_has_a_band_of_one_standard_error(run):
-    dense, error = run["points"][0]["mean_accuracy"], math.hypot(0.011, 0.013) / 2
+    dense, error = run.points[0].mean_accuracy, math.hypot(0.011, 0.013) / 2
     perplexity, accuracy = sweep_figure([run]).axes
     (band,) = accuracy.patches
     assert (band.get_y(), band.get_height()) == pytest.approx((dense - error, 2 * error))
@@ -577,7 +586,7 @@ def test_runs_without_tasks_have_no_accuracy_panel():
     assert not any("accuracy" in text.get_text() for text in figure.legends[0].get_texts())
 
 
-def legend(*runs: dict[str, Any]) -> dict[str, str]:
+def legend(*runs: Results) -> dict[str, str]:
     """What each line and marker of the sweep figure stands for, and its colour."""
     box = sweep_figure(runs).legends[0]
     return {
@@ -610,8 +619,8 @@ def test_the_accuracy_axis_says_where_the_tasks_differ(tasks, label):
 
 
 def test_the_accuracy_axis_counts_only_the_tasks_that_the_mean_is_of(run):
-    for point in run["points"]:
-        point["tasks"]["lambada"] = point["tasks"]["piqa"] | {"metric": "perplexity"}
+    for point in run.points:
+        point.tasks["lambada"] = replace(point.tasks["piqa"], metric="perplexity")
     assert sweep_figure([run]).axes[1].get_ylabel() == "mean accuracy of 2 tasks"
 
 
@@ -647,8 +656,8 @@ def test_ticks_of_a_logarithmic_axis_are_round_numbers_on_both_sides_of_the_valu
 )
 def test_labels_of_a_logarithmic_axis_do_not_overlap(low, high):
     run = make_run(tasks=())
-    for index, point in enumerate(run["points"]):
-        point["perplexity"] = low if index == 0 else high
+    for index, point in enumerate(run.points):
+        point.perplexity = low if index == 0 else high
     figure = sweep_figure([run])
     figure.draw_without_rendering()
     axes = figure.axes[0]
@@ -703,14 +712,14 @@ def test_redundancy_figure_shows_vector_and_widths_by_layer(run):
     top, bottom = figure.axes
     assert [bar.get_height() for bar in top.patches] == LR
     constant, best = (list(patch.get_data().values) for patch in bottom.patches)
-    assert constant == run["points"][1]["widths"]
-    assert best == run["points"][-1]["widths"]
+    assert constant == run.points[1].widths
+    assert best == run.points[-1].widths
     assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("decoder layer", "width (hidden size kept)")
     assert top.get_ylabel() == "layer redundancy LR"
 
 
 def test_layer_redundancy_has_error_bars_and_starts_at_0(run):
-    for figure in (redundancy_figure(run), layer_redundancy_figure(run["redundancy"], "small-model")):
+    for figure in (redundancy_figure(run), layer_redundancy_figure(run.redundancy, "small-model")):
         axes = figure.axes[0]
         assert axes.get_ylim()[0] == 0
         (bars,) = axes.collections
@@ -718,20 +727,20 @@ def test_layer_redundancy_has_error_bars_and_starts_at_0(run):
 
 
 def test_layers_with_equal_cosines_are_drawn_without_error_bars(run):
-    figure = layer_redundancy_figure(run["redundancy"] | {"cosine": [0.5] * 6}, "small-model")
+    figure = layer_redundancy_figure(replace(run.redundancy, cosine=[0.5] * 6), "small-model")
     assert len(figure.axes[0].patches) == 6
     assert len(figure.axes[0].collections) == 0
 
 
 def test_a_run_without_redundancy_cannot_be_drawn_by_layer(run):
-    run["redundancy"] = None
+    run.redundancy = None
     with pytest.raises(InputError, match="no layer redundancy"):
         redundancy_figure(run)
 
 
 def test_plots_of_unfinished_runs_are_written(run, tmp_path):
     for count in range(3):
-        unfinished = run | {"points": run["points"][:count]}
+        unfinished = replace(run, points=run.points[:count])
         plot_sweep([unfinished], tmp_path / "sweep.png")
         plot_redundancy(unfinished, tmp_path / "redundancy.png")
         assert (tmp_path / "sweep.png").stat().st_size > 5000
@@ -740,7 +749,7 @@ def test_plots_of_unfinished_runs_are_written(run, tmp_path):
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_a_figure_has_the_format_of_its_ending(run, tmp_path, ending):
-    plot_layer_redundancy(run["redundancy"], "small-model", tmp_path / f"lr.{ending}")
+    plot_layer_redundancy(run.redundancy, "small-model", tmp_path / f"lr.{ending}")
     start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[ending]
     assert (tmp_path / f"lr.{ending}").read_bytes().startswith(start)
 
@@ -797,8 +806,8 @@ def test_names_are_drawn_as_they_are(tmp_path):
     run = make_run(**ODD)
     write_files([run, make_run()], tmp_path)
     plot_redundancy(run, tmp_path / "redundancy.png")
-    plot_layer_redundancy(run["redundancy"], ODD["name"], tmp_path / "lr.svg")
-    figures = [sweep_figure([run]), redundancy_figure(run), layer_redundancy_figure(run["redundancy"], "m$x_{$")]
+    plot_layer_redundancy(run.redundancy, ODD["name"], tmp_path / "lr.svg")
+    figures = [sweep_figure([run]), redundancy_figure(run), layer_redundancy_figure(run.redundancy, "m$x_{$")]
     texts = [text for figure in figures for text in figure.findobj(matplotlib.text.Text) if "$" in text.get_text()]
     assert len(texts) >= 4
     assert not any(text.get_parse_math() for text in texts)
@@ -814,9 +823,9 @@ def test_names_that_are_not_utf_8_are_written_and_drawn(tmp_path, capsys):
 
 def test_a_sliced_model_is_not_called_dense(tmp_path):
     sliced = make_run(mean=0, name="a/mine")
-    sliced["model"]["model_type"] = "sliced"
-    assert format_row(sliced["points"][0], sliced).startswith("sliced model  ")
-    assert len(header(sliced).split("\n")[1]) == len(format_row(sliced["points"][0], sliced))
+    sliced.model.model_type = "sliced"
+    assert format_row(sliced.points[0], sliced).startswith("sliced model  ")
+    assert len(header(sliced).split("\n")[1]) == len(format_row(sliced.points[0], sliced))
     assert "mine, sliced model" in legend(sliced, make_run())
     write_csv([sliced], tmp_path / "a.csv")
     assert "sliced model" in (tmp_path / "a.csv").read_text()
@@ -854,7 +863,7 @@ def test_report_of_one_run_writes_beside_it(run, tmp_path, capsys):
     assert main([str(folder)]) == 0
     lines = capsys.readouterr().out.split("\n")
     assert lines[:3] == header(run).split("\n")
-    assert lines[3:8] == [format_row(point, run) for point in run["points"]]
+    assert lines[3:8] == [format_row(point, run) for point in run.points]
     assert lines[8].startswith("Best dynamic point")
     assert {path.name for path in folder.iterdir()} == {"results.json", "results.csv", "sweep.png", "redundancy.png"}
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -4,25 +4,22 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from test_accuracy import paired_run, with_documents
 from test_report import make_run, save
 
-from slicing.experiment.results import Results, compare, dense_point
+from slicing.experiment.comparison import compare, dense_point
+from slicing.experiment.results import Results, Task
 from slicing.report.columns import chosen, columns_for
 from slicing.report.csv_file import csv_rows
 from slicing.report.formats import latex
 from slicing.report.labels import run_labels
-from slicing.report.seeds import is_pooled, pooled
+from slicing.report.seeds import PooledPoint, pooled
 from slicing.report.size_plot import size_curves, size_figure
 from slicing.report.table import main
 from slicing.task_scores import document_scores
-
-
-def replace(content: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return content | values
 
 
 @pytest.fixture
@@ -31,8 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("plot_sweep", "plot_redundancy", "plot_size"):
         monkeypatch.setattr(f"slicing.report.table.{name}", lambda *_: None)
     run = paired_run()
-    run["tasks"] = {name: {"version": "1.0", "content": f"hash-{name}", "shots": 2} for name in ("piqa", "arc_easy")}
-    run["arguments"] |= {"round_interval": 8, "accuracy_limit": 100, "num_fewshot": 2}
+    run.tasks = {name: Task("1.0", f"hash-{name}", 2) for name in ("piqa", "arc_easy")}
+    run.arguments |= {"round_interval": 8, "accuracy_limit": 100, "num_fewshot": 2}
     return save(run, tmp_path / "run")
 
 
@@ -131,7 +128,7 @@ def test_the_table_is_no_wider_than_the_terminal_unless_asked(folder, capsys, mo
     [("round_interval", 64, "multiples of"), ("accuracy_limit", 7, "documents a task")],
 )
 def test_labels_and_rows_say_in_which_setting_runs_differ(argument, value, words):
-    task = {"piqa": {"version": None, "content": "x", "shots": 0}}
+    task = {"piqa": Task(None, "x", 0)}
     runs = [replace(make_run(), tasks=task, arguments={argument: given}) for given in (8, value)]
     assert all(words in label for label in run_labels(runs))
     assert len(set(run_labels(runs))) == 2
@@ -145,11 +142,11 @@ def test_labels_and_rows_say_in_which_setting_runs_differ(argument, value, words
 
 def seeded(seed: int, factor: float) -> Results:
     run = replace(paired_run(), seed=seed, arguments={"seed": seed, "mean": 0.3})
-    run["points"] = [
+    run.points = [
         point
-        if point["kind"] == "dense"
-        else replace(point, key=f"{point['key']}-{seed}", perplexity=factor * point["perplexity"])
-        for point in run["points"]
+        if point.kind == "dense"
+        else replace(point, key=f"{point.key}-{seed}", perplexity=factor * point.perplexity)
+        for point in run.points
     ]
     return run
 
@@ -157,14 +154,14 @@ def seeded(seed: int, factor: float) -> Results:
 def test_runs_that_differ_by_their_seed_are_one_with_the_spread_over_seeds():
     runs = [seeded(seed, factor) for seed, factor in ((1, 0.9), (2, 1.0), (3, 1.1))]
     (one,) = pooled(runs)
-    dense, constant = one["points"][:2]
-    assert dense == runs[0]["points"][0]
-    assert is_pooled(constant)
-    middle = runs[1]["points"][1]["perplexity"]
-    assert (constant["seeds"], constant["perplexity"]) == (3, pytest.approx(middle))
-    assert constant["perplexity_sd"] == pytest.approx(0.1 * middle)
-    assert constant["accuracy_sd"] == 0
-    assert compare(constant, dense)[1] == pytest.approx(compare(runs[1]["points"][1], dense_point(runs[1]))[1])
+    dense, constant = one.points[:2]
+    assert dense == runs[0].points[0]
+    assert isinstance(constant, PooledPoint)
+    middle = runs[1].points[1].perplexity
+    assert (constant.seeds, constant.perplexity) == (3, pytest.approx(middle))
+    assert constant.perplexity_sd == pytest.approx(0.1 * middle)
+    assert constant.accuracy_sd == 0
+    assert compare(constant, dense)[1] == pytest.approx(compare(runs[1].points[1], dense_point(runs[1]))[1])
     names = [column.name for column in chosen(columns_for([one]), None)]
     assert {"seeds", "perplexity_sd", "accuracy_sd"} <= set(names)
     row = csv_rows([one])[1][1]
@@ -174,30 +171,30 @@ def test_runs_that_differ_by_their_seed_are_one_with_the_spread_over_seeds():
 
 def test_a_row_of_several_seeds_names_none_of_them():
     one, two, three = seeded(1, 1.0), seeded(2, 1.0), seeded(3, 1.0)
-    other = replace(three, arguments={**three["arguments"], "rotations": 1})
+    other = replace(three, arguments={**three.arguments, "rotations": 1})
     runs = pooled([one, two, other])
     (seed,) = chosen(columns_for(runs, labelled=True), ["seed"])
-    assert [seed.cell(point, run) for run in runs for point in run["points"][:2]] == ["-", "-", "3", "3"]
+    assert [seed.cell(point, run) for run in runs for point in run.points[:2]] == ["-", "-", "3", "3"]
     assert seed.shown
-    assert [row["seed"] for row in csv_rows(runs)[1]][:: len(one["points"])] == [None, 3]
+    assert [row["seed"] for row in csv_rows(runs)[1]][:: len(one.points)] == [None, 3]
     assert [label.rpartition(", ")[2] for label in run_labels(runs)] == ["mean over seeds", "seed 3"]
 
 
 def test_other_runs_and_the_same_seed_twice_stay_apart():
     one, two = seeded(1, 1.0), seeded(2, 1.0)
-    other = replace(two, arguments={**two["arguments"], "rotations": 1})
+    other = replace(two, arguments={**two.arguments, "rotations": 1})
     assert pooled([one, other]) == [one, other]
     assert pooled([one, one]) == [one, one]
-    assert [is_pooled(run["points"][1]) for run in pooled([one, other, two])] == [True, False]
+    assert [isinstance(run.points[1], PooledPoint) for run in pooled([one, other, two])] == [True, False]
 
 
 def test_scores_of_documents_are_pooled_one_by_one():
     runs = [replace(make_run(), seed=seed) for seed in (1, 2)]
     for run, kept in zip(runs, ("1100", "1010"), strict=True):
-        run["points"] = [replace(with_documents(run["points"][1], piqa=kept), key=kept)]
-    score = pooled(runs)[0]["points"][0]["tasks"]["piqa"]
-    assert document_scores(score["metrics"]["acc"]) == [1, 0.5, 0.5, 0]
-    assert score["value"] == 0.5
+        run.points = [replace(with_documents(run.points[1], piqa=kept), key=kept)]
+    score = pooled(runs)[0].points[0].tasks["piqa"]
+    assert document_scores(score.metrics["acc"]) == [1, 0.5, 0.5, 0]
+    assert score.value == 0.5
 
 
 # ---- sizes

@@ -9,43 +9,41 @@ import platform
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_report import make_run
 
-from slicing.experiment.results import RESULTS_SCHEMA
+from slicing.experiment.results import PeakMemory, Point, Seconds, Trial, VectorFile
 from slicing.experiment.store import RunFolder, content_key, is_saved_model, windows_key
 from slicing.families import InputError
 from slicing.files import _machine, new_folder, read_json, replacing, write_json
+from slicing.structure import as_json
 
-_VALUES = {"int": 1, "number": 0.5, "numbers": [], "str": "dense", "object": {}}
+_NOT_SLICED = dict.fromkeys(("mean", "base", "amount", "slices", "widths", "rotations", "calibration"))
 
 
-def point(key: str, **values: object) -> dict:
-    """A point as the schema describes it."""
-    kinds = {name: kind for name, (kind, _) in RESULTS_SCHEMA.items() if name.startswith("points.")}
-    made: dict = {"tasks": {}}
-    for name, kind in kinds.items():
-        _, owner, *rest = name.split(".")
-        if rest and owner != "tasks":
-            made.setdefault(owner, {})[rest[0]] = None
-        elif not rest and kind != "object":
-            made[owner] = None if " or null" in kind else _VALUES[kind]
-    return made | {"key": key} | values
+def point(key: str, perplexity: float = 12.5, base: float | None = None) -> Point:
+    """A dense model's point."""
+    measured = {"parameters": 1, "cut": 0.0, "nll": [2.5], "tasks": {}, "mean_accuracy": None, "git": None}
+    parts = {"seconds": Seconds(None, 1.5, None), "peak_memory_bytes": PeakMemory(None, 1, None)}
+    which = _NOT_SLICED | {"key": key, "kind": "dense", "base": base, "perplexity": perplexity}
+    return Point(**which, **measured, **parts)
 
 
 def test_what_is_kept_is_read_again_by_its_kind_and_key_alone(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.write("point", "abc", point("abc", perplexity=12.5))
-    assert RunFolder(tmp_path / "run").read("point", "abc") == point("abc", perplexity=12.5)
-    assert folder.read("point", "abd") is None
-    assert folder.read("search", "abc") is None
+    folder.write(Point, "abc", point("abc"))
+    assert RunFolder(tmp_path / "run").read(Point, "abc") == point("abc")
+    assert folder.read(Point, "abd") is None
+    assert folder.read(list[Trial], "abc") is None
     assert (tmp_path / "run" / "points" / "abc.json").exists()
 
 
 def test_fresh_forgets_what_the_run_wrote_and_nothing_else(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    for kind in ("point", "search", "redundancy"):
-        folder.write(kind, "abc", {})
+    folder.write(Point, "abc", point("abc"))
+    folder.write(list[Trial], "abc", [])
+    folder.write(VectorFile, "abc", VectorFile([0.0, 1.0]))
     (tmp_path / "run" / "results.json").write_text("{}")
-    folder.model(0.1, "abcdefghij").mkdir(parents=True)
+    folder.model(point("abcdefghij", base=0.1)).mkdir(parents=True)
     (tmp_path / "run" / "notes.txt").write_text("mine")
     RunFolder(tmp_path / "run", fresh=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
@@ -53,8 +51,9 @@ def test_fresh_forgets_what_the_run_wrote_and_nothing_else(tmp_path):
 
 def test_models_of_one_base_and_different_points_have_different_folders(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.model(0.1, "aaaaaaaabb").name == "SB_0.1000-aaaaaaaa"
-    assert folder.model(0.1, "aaaaaaaabb") != folder.model(0.1, "bbbbbbbbbb")
+    one, other = (folder.model(point(key, base=0.1)) for key in ("aaaaaaaabb", "bbbbbbbbbb"))
+    assert one.name == "SB_0.1000-aaaaaaaa"
+    assert one != other
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -155,8 +154,8 @@ def test_a_byte_order_mark_before_json_is_no_damage(tmp_path):
 def test_numbers_survive_the_file_bit_for_bit(tmp_path):
     numbers = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
     folder = RunFolder(tmp_path)
-    folder.write("search", "a", numbers)
-    assert folder.read("search", "a") == numbers
+    folder.write(VectorFile, "a", VectorFile(numbers))
+    assert folder.read(VectorFile, "a") == VectorFile(numbers)
 
 
 def test_a_folder_that_cant_be_written_is_an_error_that_says_what_to_do(tmp_path):
@@ -169,11 +168,14 @@ DAMAGED = {
     "half a file": ('{"perple', "is damaged"),
     "no number": ('{"perplexity": NaN}', "NaN is no number"),
     "too deep": ("[" * 100_000, "is damaged"),
-    "a list": ("[]", "a point is of type list"),
-    "nothing in it": ("{}", "point.amount is missing"),
-    "a word for a number": (json.dumps(point("a", perplexity="3")), "point.perplexity is '3' of type str"),
-    "a key too many": (json.dumps(point("a", more=1)), "point.more is not a key"),
-    "another point": (json.dumps(point("b")), "point.key is 'b': it must be 'a'"),
+    "a list": ("[]", "point is .* of type list: it must be object"),
+    "nothing in it": ("{}", "point.key is missing"),
+    "a word for a number": (
+        json.dumps(as_json(point("a")) | {"perplexity": "3"}),
+        "point.perplexity is '3' of type str",
+    ),
+    "a key too many": (json.dumps(as_json(point("a")) | {"more": 1}), "point.more is not a known key"),
+    "another point": (json.dumps(as_json(point("b"))), "point.key is 'b': it must be 'a'"),
 }
 
 
@@ -181,39 +183,44 @@ DAMAGED = {
 def test_a_damaged_point_is_an_error_that_names_the_file(tmp_path, case):
     content, message = DAMAGED[case]
     folder = RunFolder(tmp_path)
-    folder.write("point", "a", {})
+    folder.write(Point, "a", point("a"))
     (tmp_path / "points" / "a.json").write_text(content)
     with pytest.raises(InputError, match=rf"{message}.*: delete .*points/a\.json, and it is measured again"):
-        folder.read("point", "a")
+        folder.read(Point, "a")
 
 
-def test_results_that_the_schema_does_not_describe_are_not_written(tmp_path):
-    folder = RunFolder(tmp_path)
-    with pytest.raises(InputError, match="schema_version is None"):
-        folder.write_results({})
+def test_results_that_are_not_what_their_fields_say_are_not_written(tmp_path):
+    folder, run = RunFolder(tmp_path), make_run()
+    run.points[1].perplexity = "low"
+    with pytest.raises(InputError, match=r"points\[1\].perplexity is 'low' of type str: it must be number"):
+        folder.write_results(run)
+    run.points[1].perplexity = float("nan")
+    with pytest.raises(InputError, match=r"\['points'\]\[1\]\['perplexity'\] \(nan\) is no finite number"):
+        folder.write_results(run)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_run_takes_over_what_another_one_beside_it_has_measured(tmp_path):
-    RunFolder(tmp_path / "one").write("point", "a", point("a"))
-    RunFolder(tmp_path / "one").write("redundancy", "b", [1.5])
-    assert RunFolder(tmp_path / "fresh", fresh=True).take_over("point", "a") is None
+    vector = VectorFile([0.0, 0.5, 1.0])
+    RunFolder(tmp_path / "one").write(Point, "a", point("a"))
+    RunFolder(tmp_path / "one").write(VectorFile, "b", vector)
+    assert RunFolder(tmp_path / "fresh", fresh=True).take_over(Point, "a") is None
     other = RunFolder(tmp_path / "two")
-    assert other.read("point", "a") is None
-    assert (other.take_over("point", "a"), other.take_over("redundancy", "b")) == (point("a"), [1.5])
-    assert other.read("point", "a") == point("a")
-    assert other.take_over("point", "b") is None
+    assert other.read(Point, "a") is None
+    assert (other.take_over(Point, "a"), other.take_over(VectorFile, "b")) == (point("a"), vector)
+    assert other.read(Point, "a") == point("a")
+    assert other.take_over(Point, "b") is None
 
 
 def test_the_newest_good_file_of_those_beside_is_taken_over(tmp_path):
     for age, (run, perplexity) in enumerate((("new", 3.0), ("old", 2.0), ("oldest", 1.0))):
-        RunFolder(tmp_path / run).write("point", "a", point("a", perplexity=perplexity))
+        RunFolder(tmp_path / run).write(Point, "a", point("a", perplexity))
         file = tmp_path / run / "points" / "a.json"
         os.utime(file, (10**9 - age, 10**9 - age))
-    assert RunFolder(tmp_path / "x").take_over("point", "a")["perplexity"] == 3
+    assert RunFolder(tmp_path / "x").take_over(Point, "a").perplexity == 3
     (tmp_path / "new" / "points" / "a.json").write_text("{")
     (tmp_path / "x" / "points" / "a.json").unlink()
-    assert RunFolder(tmp_path / "y").take_over("point", "a")["perplexity"] == 2
+    assert RunFolder(tmp_path / "y").take_over(Point, "a").perplexity == 2
 
 
 def test_keys_depend_on_content_and_not_on_order():

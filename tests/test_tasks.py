@@ -16,6 +16,7 @@ from test_evaluation import TASKS, reader, tiny_model, tokenizer  # noqa: F401
 
 from slicing import layer_redundancy
 from slicing.families import InputError
+from slicing.structure import as_json
 from slicing.task_content import task_content
 from slicing.task_set import resolve_tasks
 from slicing.tasks import TaskSet, check_tokens, evaluate_tasks
@@ -221,13 +222,13 @@ def test_a_task_that_fails_has_no_value_and_the_reason_and_the_others_have_their
     tasks = resolve_tasks(["both"], folder)
     for _ in range(2):
         score = evaluate_tasks(reader, tokenizer, tasks, progress=False)["both"]
-        assert (score["metric"], score["value"], score["stderr"]) == (None, None, None)
-        assert re.match(rf"1 of its 2 tasks have no score; failing: {reason}", score["reason"] or "")
-        assert score["subtasks"] == {"failing": None, "tiny_endings": alone["value"]}
-        json.dumps(score, allow_nan=False)
+        assert (score.metric, score.value, score.stderr) == (None, None, None)
+        assert re.match(rf"1 of its 2 tasks have no score; failing: {reason}", score.reason or "")
+        assert score.subtasks == {"failing": None, "tiny_endings": alone.value}
+        json.dumps(as_json(score), allow_nan=False)
     scores = evaluate_tasks(reader, tokenizer, resolve_tasks(["failing", "tiny_endings"], folder), progress=False)
-    assert re.match(reason, scores["failing"]["reason"] or "")
-    assert scores["failing"]["value"] is None
+    assert re.match(reason, scores["failing"].reason or "")
+    assert scores["failing"].value is None
     assert scores["tiny_endings"] == alone
 
 
@@ -235,10 +236,10 @@ def test_a_group_whose_tasks_lack_its_metric_has_their_scores(folder: Path, read
     group = "group: other\ntask: [tiny_endings, tiny_colours]\naggregate_metric_list: [{metric: f1}]\n"
     (folder / "other.yaml").write_text(group)
     score = evaluate_tasks(reader, tokenizer, resolve_tasks(["other"], folder), progress=False)["other"]
-    assert (score["metric"], score["value"]) == (None, None)
-    assert score["reason"] == "its tasks have none of the metrics that it aggregates"
+    assert (score.metric, score.value) == (None, None)
+    assert score.reason == "its tasks have none of the metrics that it aggregates"
     alone = evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings", "tiny_colours"], folder), progress=False)
-    assert score["subtasks"] == {name: part["value"] for name, part in alone.items()}
+    assert score.subtasks == {name: part.value for name, part in alone.items()}
 
 
 @pytest.mark.parametrize("reason", ["CUDA error: an illegal memory access", "the probabilities are not finite"])
@@ -258,7 +259,7 @@ def test_a_model_that_fails_has_no_score_and_a_gpu_that_fails_ends_the_evaluatio
             evaluate_tasks(reader, tokenizer, tasks, progress=False)
         return
     scores = evaluate_tasks(reader, tokenizer, tasks, progress=False)
-    assert {(score["value"], score["reason"]) for score in scores.values()} == {(None, f"RuntimeError: {reason}")}
+    assert {(score.value, score.reason) for score in scores.values()} == {(None, f"RuntimeError: {reason}")}
 
 
 def test_requests_are_built_once_for_all_models(reader: Any, tokenizer: Any) -> None:  # noqa: F811
@@ -363,7 +364,7 @@ MEDIAN = "[{metric: acc, aggregation: median, higher_is_better: true}]"  # whose
 def test_every_bar_of_an_evaluation_has_a_name(folder: Path, reader: Any, tokenizer: Any, capfd: Any) -> None:  # noqa: F811
     write_task(folder, "medians", metric_list=MEDIAN)
     scores = evaluate_tasks(reader, tokenizer, resolve_tasks(["tiny_endings", "medians"], folder), progress=True)
-    assert scores["medians"]["stderr"] is not None
+    assert scores["medians"].stderr is not None
     lines = [line.strip() for line in capfd.readouterr().err.replace("\r", "\n").splitlines()]
     shown = [line for line in lines if "%|" in line]
     assert {line.partition(":")[0] for line in shown} >= {"Running loglikelihood requests", "standard error of median"}

@@ -26,6 +26,7 @@ import mean_cut_accuracy_experiments as script
 import slicing.experiment.measure
 from slicing.experiment.measure import Bench
 from slicing.experiment.results import Results, read_results
+from slicing.structure import as_json
 
 REPOSITORY = Path(script.__file__).parent
 TASKS = Path(__file__).parent / "data" / "tiny_tasks"
@@ -139,14 +140,14 @@ def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> No
     sys.exit(script.main(arguments))
 
 
-def comparable(results: Results) -> Results:
-    """Results without what two equal runs may differ in: times, memory, where they went."""
-    copy: Results = json.loads(json.dumps(results))
+def comparable(results: Results) -> dict[str, Any]:
+    """What results.json holds without what two equal runs may differ in: times, memory, where they went."""
+    content: dict[str, Any] = json.loads(json.dumps(as_json(results)))
     for name in ("output_dir", "fresh", "quiet", "cuda_device"):
-        del copy["arguments"][name]
-    for point in copy["points"]:
+        del content["arguments"][name]
+    for point in content["points"]:
         del point["seconds"], point["peak_memory_bytes"]
-    return copy
+    return content
 
 
 _SERVER = multiprocessing.get_context("forkserver")

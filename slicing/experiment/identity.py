@@ -13,25 +13,26 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicing.experiment.options import Options
+from slicing.experiment.results import Text, Versions
 from slicing.experiment.store import content_key, weights_key
 from slicing.files import local_path
 from slicing.loading import DEMO
 
 
-def text_entry(source: str, split: str, windows: torch.Tensor) -> dict[str, Any]:
+def text_entry(source: str, split: str, windows: torch.Tensor) -> Text:
     """What results.json says of token windows (N, S)."""
     count, length = windows.shape
-    return {"source": source, "split": split, "windows": count, "length": length, "tokens": windows.numel()}
+    return Text(source, split, count, length, windows.numel())
 
 
-def versions(options: Options) -> dict[str, str | None]:
+def versions(options: Options) -> Versions:
     """Of Python and the libraries that make the numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "lm_eval": version("lm_eval") if options.tasks else None,
-    }
+    return Versions(
+        python=platform.python_version(),
+        torch=str(torch.__version__),  # a subclass of str, which is no JSON
+        transformers=version("transformers"),
+        lm_eval=version("lm_eval") if options.tasks else None,
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,8 +19,21 @@ from slicing.bases import Bases, dense_bases
 from slicing.causality import check_causal
 from slicing.devices import free_bytes, free_memory, model_bytes, must_offload, on_devices
 from slicing.experiment import identity
-from slicing.experiment.options import Checked, Options, Target
-from slicing.experiment.results import PARTS, SCHEMA_VERSION, Point, Results, mean_accuracy
+from slicing.experiment.comparison import mean_accuracy
+from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Options, Target
+from slicing.experiment.results import (
+    PARTS,
+    SCHEMA_VERSION,
+    Data,
+    Model,
+    Part,
+    PeakMemory,
+    Point,
+    Results,
+    Seconds,
+    Task,
+    VectorFile,
+)
 from slicing.experiment.store import content_key, is_saved_model, windows_key
 from slicing.experiment.waiting import RunBar
 from slicing.families import InputError
@@ -31,7 +45,9 @@ from slicing.metric import GRADIENT_WINDOWS, Metric
 from slicing.modeling import count_parameters, dense_config
 from slicing.redundancy import layer_redundancy
 from slicing.rotation import check_sliceable, rotate_and_slice, slice_with_bases
+from slicing.structure import as_json, from_json
 from slicing.task_content import task_content
+from slicing.task_scores import TaskScore
 from slicing.tasks import evaluate_tasks
 
 _WORST_NLL = 200  # nats a token; a perplexity of 10^87 is no result, and soon no number
@@ -82,41 +98,40 @@ class Bench:
 
     def header(self) -> Results:
         """Results without points: what they all depend on."""
-        options, config = self.options, self.checked.config.get_text_config()
+        options = self.options
         test, calibration = self.test_windows, self.calibration_windows
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "arguments": asdict(options),
-            "model": {"name": options.model}
-            | self._model_entry
-            | {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers},
-            "versions": identity.versions(options),
-            "git": self._git,
-            "device": identity.device_name(self.device),
-            "seed": options.seed,
-            "data": {
-                "perplexity": identity.text_entry(options.dataset, options.perplexity_split, test),
-                "calibration": (
-                    None if calibration is None else identity.text_entry(options.dataset, "train", calibration)
-                ),
-                "redundancy": None,
-            },
-            "redundancy": None,
-            "search": None,
-            "tasks": self._task_entries(),
-            "points": [],
-        }
+        return Results(
+            schema_version=SCHEMA_VERSION,
+            arguments=asdict(options),
+            model=self._model_entry,
+            versions=identity.versions(options),
+            git=self._git,
+            device=identity.device_name(self.device),
+            seed=options.seed,
+            data=Data(
+                perplexity=identity.text_entry(options.dataset, options.perplexity_split, test),
+                calibration=None if calibration is None else identity.text_entry(options.dataset, "train", calibration),
+                redundancy=None,
+            ),
+            redundancy=None,
+            search=None,
+            tasks=self._task_entries(),
+            points=[],
+        )
 
     @functools.cached_property
-    def _model_entry(self) -> dict[str, Any]:
-        head = self.model.get_output_embeddings()
-        return {
-            "revision": identity.model_commit(self.options),
-            "model_type": self.checked.config.model_type,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "parameters": _dense_parameters(self.model),
-            "tied": head is not None and head.weight is self.model.get_input_embeddings().weight,
-        }
+    def _model_entry(self) -> Model:
+        head, config = self.model.get_output_embeddings(), self.checked.config
+        return Model(
+            name=self.options.model,
+            revision=identity.model_commit(self.options),
+            model_type=config.model_type,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            parameters=_dense_parameters(self.model),
+            tied=head is not None and head.weight is self.model.get_input_embeddings().weight,
+            hidden_size=config.get_text_config().hidden_size,
+            layers=config.get_text_config().num_hidden_layers,
+        )
 
     def run_key(self) -> str:
         """The key of all that the points of this run come from: runs with the same one have one folder."""
@@ -173,7 +188,7 @@ class Bench:
         return {
             "schema": SCHEMA_VERSION,
             "model": identity.model_content(self.model),
-            "versions": {name: value for name, value in versions.items() if name != "lm_eval"},
+            "versions": {name: value for name, value in as_json(versions).items() if name != "lm_eval"},
             "device": identity.device_name(self.device),
         }
 
@@ -184,32 +199,29 @@ class Bench:
             return None
         options = self.options
         return {
-            "lm_eval": identity.versions(options)["lm_eval"],
+            "lm_eval": identity.versions(options).lm_eval,
             "tokenizer": identity.tokenizer_content(self.tokenizer),
             "tasks": task_content(self.checked.tasks, limit=options.accuracy_limit, num_fewshot=options.num_fewshot),
         }
 
-    def _task_entries(self) -> dict[str, Any]:
+    def _task_entries(self) -> dict[str, Task]:
         """What results.json says of the tasks that are reported."""
         if self.checked.tasks is None or self._tasks_content is None:
             return {}
         loaded, content = self.checked.tasks.loaded, self._tasks_content["tasks"]
         return {
-            name: {
-                "version": loaded.version(name),
-                "content": content[name],
-                "shots": loaded.shots(name, self.options.num_fewshot),
-            }
+            name: Task(loaded.version(name), content[name], loaded.shots(name, self.options.num_fewshot))
             for name in loaded.reported
         }
 
     # ---- measurements
 
-    def redundancy(self, windows: torch.Tensor) -> dict[str, list[float] | None]:
-        """LR of the dense model on windows (N, S), as results.json has it."""
+    def redundancy(self, windows: torch.Tensor) -> VectorFile:
+        """LR of the dense model on windows (N, S)."""
         with on_devices(self.model, self.device) as model:
             found = layer_redundancy(model, windows, batch_size=self.options.batch_size, progress=self.progress)
-        return found.as_dict()
+        data = identity.text_entry(self.options.source_for_vector, REDUNDANCY_SPLIT, windows)
+        return replace(from_json(found.as_dict(), VectorFile), data=data)
 
     def perplexity(self, target: Target, windows: torch.Tensor) -> float:
         """Perplexity of a sliced model on windows (N, S)."""
@@ -303,16 +315,16 @@ class Bench:
 
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""
+        assert target.kind != "search"  # which stands for no point of its own
         options = self.options
-        seconds: dict[str, float | None] = dict.fromkeys(PARTS)
-        memory: dict[str, int | None] = dict.fromkeys(seconds)
+        seconds, memory = Seconds(*[None] * len(PARTS)), PeakMemory(*[None] * len(PARTS))
         model = self.model
         if isinstance(self.progress, RunBar):
             self.progress.point("dense" if target.base is None else f"SB {target.base:.3f}")
         if target.widths is not None:
             with self._part("slice", seconds, memory):
                 model = self.sliced(target)
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskScore] = {}
         with on_devices(model, self.device):
             with self._part("perplexity", seconds, memory):
                 nll = window_nll(model, self.test_windows, batch_size=options.batch_size, progress=self.progress)
@@ -325,34 +337,34 @@ class Bench:
                 with self._part("tasks", seconds, memory):
                     tasks = self._scores(model)
         parameters = count_parameters(model)
-        point = {
-            "key": key,
-            "git": self._git,
-            "kind": target.kind,
-            "mean": target.mean,
-            "base": target.base,
-            "amount": target.amount,
-            "slices": target.slices,
-            "widths": target.widths,
-            "rotations": None if target.widths is None else options.rotations,
-            "metric": None if target.widths is None else options.metric,
-            "refit": None if target.widths is None else options.refit,
-            "inner_mean": target.inner_mean,
-            "inner_base": target.inner_base,
-            "inner_widths": target.inner_widths,
-            "calibration": target.calibration,
-            "parameters": parameters,
-            "cut": 1 - parameters / self._model_entry["parameters"],
-            "perplexity": nll.mean().exp().item(),
-            "nll": nll.tolist(),
-            "tasks": tasks,
-            "mean_accuracy": mean_accuracy(tasks),
-            "seconds": seconds,
-            "peak_memory_bytes": memory,
-        }
+        point = Point(
+            key=key,
+            git=self._git,
+            kind=target.kind,
+            mean=target.mean,
+            base=target.base,
+            amount=target.amount,
+            slices=target.slices,
+            widths=target.widths,
+            rotations=None if target.widths is None else options.rotations,
+            metric=None if target.widths is None else options.metric,
+            refit=None if target.widths is None else options.refit,
+            inner_mean=target.inner_mean,
+            inner_base=target.inner_base,
+            inner_widths=target.inner_widths,
+            calibration=target.calibration,
+            parameters=parameters,
+            cut=1 - parameters / self._model_entry.parameters,
+            perplexity=nll.mean().exp().item(),
+            nll=nll.tolist(),
+            tasks=tasks,
+            mean_accuracy=mean_accuracy(tasks),
+            seconds=seconds,
+            peak_memory_bytes=memory,
+        )
         return point, model
 
-    def _scores(self, model: PreTrainedModel) -> dict[str, Any]:
+    def _scores(self, model: PreTrainedModel) -> dict[str, TaskScore]:
         assert self.checked.tasks is not None
         options = self.options
         return dict(
@@ -369,7 +381,7 @@ class Bench:
         )
 
     @contextmanager
-    def _part(self, name: str, seconds: dict[str, float | None], memory: dict[str, int | None]) -> Iterator[None]:
+    def _part(self, name: Part, seconds: Seconds, memory: PeakMemory) -> Iterator[None]:
         """Time a part of a point and note the highest memory in it (of the process so far, on a CPU)."""
         cuda = self.device.type == "cuda"
         if cuda:
@@ -379,12 +391,12 @@ class Bench:
             yield
         if cuda:
             torch.cuda.synchronize(self.device)
-        seconds[name] = time.perf_counter() - start
+        setattr(seconds, name, time.perf_counter() - start)
         if cuda:
-            memory[name] = torch.cuda.max_memory_allocated(self.device)
+            setattr(memory, name, torch.cuda.max_memory_allocated(self.device))
         elif self.device.type == "cpu":
             unit = 1 if sys.platform == "darwin" else 1024
-            memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            setattr(memory, name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
     # ---- models
 

@@ -1,9 +1,8 @@
 """The options of an experiment, and the checks that need no weights: what is wrong is said before they are loaded."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from slicing.experiment.results import check_redundancy
 from slicing.families import InputError, find_family
 from slicing.files import local_path, read_json
 from slicing.flags import check_limits, flag
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from slicing.experiment.results import Kind, VectorFile
     from slicing.families import Family
     from slicing.task_set import TaskSet
 
@@ -161,7 +161,7 @@ class Target:
     """A point to be measured: `base` None is the dense model, else SB, with FS and widths (L); SP, SB and widths (L) of
     the MLPs' neurons where these are cut. Where they alone are, `mean` and `base` are theirs too."""
 
-    kind: str
+    kind: "Kind | Literal['search']"
     mean: float | None = None
     base: float | None = None
     slices: list[float] | None = None
@@ -181,7 +181,7 @@ class Target:
 class Checked:
     """Options found good, with what the checks had to read.
 
-    vector: LR (L), None where it is to be measured; source: what its JSON file says of it besides.
+    vector: LR (L), None where it is to be measured; source: the file that it came from.
     test_windows, calibration_windows, validation_windows, redundancy_windows: token ids (N, S) each, of what
         perplexity, slicing, --find-base and a vector that is not given are measured on; None where there is no need.
     notes: what a user should know before the run.
@@ -191,7 +191,7 @@ class Checked:
     options: Options
     config: "PretrainedConfig"
     vector: list[float] | None
-    source: dict[str, Any] | None
+    source: "VectorFile | None"
     tasks: "TaskSet | None"
     test_windows: "torch.Tensor"
     calibration_windows: "torch.Tensor | None" = None
@@ -206,7 +206,13 @@ class Checked:
         return int(self.config.hidden_size)
 
     def target(
-        self, mean: float, base: float, vector: list[float], *, kind: str = "sweep", calibration: str | None = None
+        self,
+        mean: float,
+        base: float,
+        vector: list[float],
+        *,
+        kind: "Kind | Literal['search']" = "sweep",
+        calibration: str | None = None,
     ) -> Target:
         """The point with these SP and SB of the sweep; what else is cut has its own SP in proportion, and SB / SP."""
         options, multiple = self.options, self.options.round_interval
@@ -367,8 +373,9 @@ def check(options: Options) -> Checked:
             except InputError as error:
                 raise InputError(f"can't measure LR: {error}; or give the --vector-cut of calculate_LR.py") from error
     notes = []
-    if source is not None and source["model"] not in (None, options.model):
-        notes.append(f"the vector was measured on {source['model']!r}, the model is {options.model!r}")
+    measured_on = None if source is None else (source.arguments or {}).get("model")
+    if measured_on not in (None, options.model):
+        notes.append(f"the vector was measured on {measured_on!r}, the model is {options.model!r}")
     if given is not None and vector != given:
         notes.append(f"the vector goes from {min(given):g} to {max(given):g}; normalised to [0, 1]")
     if options.swept > 0 and is_file(options.dataset) and "{split}" not in options.dataset:
@@ -439,23 +446,19 @@ def check_positions(config: "PretrainedConfig", flag: str, length: int) -> None:
         raise InputError(f"{flag} is {length}, the model has {positions} positions: choose {positions} or less")
 
 
-def read_vector(given: tuple[str, ...]) -> tuple[list[float], dict[str, Any] | None]:
+def read_vector(given: tuple[str, ...]) -> "tuple[list[float], VectorFile | None]":
     """LR from the command line: a number a layer, or one JSON file that calculate_LR.py --output wrote; and what such a
     file says of it."""
     if len(given) == 1 and given[0].lower().endswith(".json"):
+        from slicing.experiment.results import VectorFile
+        from slicing.structure import from_json
+
         try:
-            content = read_json(local_path(given[0]))
-            if not isinstance(content, dict):
-                raise InputError("it is no object")
-            source: dict[str, Any] = {name: content.get(name) for name in ("normalised", "cosine", "stderr")}
-            check_redundancy(source, content.get("data"))
+            source = from_json(read_json(local_path(given[0])), VectorFile)
+            source.check_lengths()
         except InputError as error:
             raise InputError(f"--vector-cut {given[0]!r}: {error}: give the file that --output wrote") from error
-        arguments = content.get("arguments")
-        return source["normalised"], source | {
-            "data": content.get("data"),
-            "model": arguments.get("model") if isinstance(arguments, dict) else None,
-        }
+        return source.normalised, source
     try:
         return [float(value) for value in " ".join(given).split()], None  # also of a quoted line
     except ValueError as error:

@@ -12,13 +12,21 @@ import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from slicing.experiment.results import Results, check_point, check_results, read_results
+from slicing.experiment.results import Point, Results, Trial, VectorFile, check_results, read_results
 from slicing.families import InputError
 from slicing.files import read_json, remove_abandoned, write_json
+from slicing.structure import as_json, from_json
+
+Kept = TypeVar("Kept", Point, VectorFile, list[Trial])  # what a run keeps in files of its own
+_PLACES: dict[object, str] = {
+    Point: "points/{}.json",
+    VectorFile: "redundancy-{}.json",
+    list[Trial]: "search-{}.json",
+}
 
 
 class RunFolder:
@@ -38,12 +46,12 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"can't write to {folder}/ ({error.strerror}): choose another --output-dir") from error
 
-    def read(self, kind: str, key: str) -> Any:
-        """What was written of this kind (point, redundancy or search) with this key, None where nothing was."""
+    def read(self, kind: type[Kept], key: str) -> Kept | None:
+        """What was written of this kind with this key, None where nothing was."""
         path = self._path(kind, key)
         return _content(path, kind, key) if path.exists() else None
 
-    def take_over(self, kind: str, key: str) -> Any:
+    def take_over(self, kind: type[Kept], key: str) -> Kept | None:
         """The same, also from the runs beside this one: the newest file that is good is copied here."""
         path = self._path(kind, key)
         if path.exists() or self.fresh:
@@ -55,32 +63,32 @@ class RunFolder:
         for _, file in sorted(beside, reverse=True):
             with contextlib.suppress(InputError):
                 content = _content(file, kind, key)
-                write_json(path, content)
+                self.write(kind, key, content)
                 return content
         return None
 
-    def write(self, kind: str, key: str, content: Any) -> None:
+    def write(self, kind: type[Kept], key: str, content: Kept) -> None:
         """Keep something under its key."""
-        write_json(self._path(kind, key), content)
+        write_json(self._path(kind, key), as_json(content))
 
     def finished(self) -> int:
         """How many points results.json holds; 0 where it is not there or damaged."""
         try:
-            return len(read_results(self.folder)["points"])
+            return len(read_results(self.folder).points)
         except InputError:
             return 0
 
     def write_results(self, results: Results) -> None:
-        """Write results.json. InputError where they are not what the schema describes."""
+        """Write results.json. InputError where they are not what their fields say."""
         check_results(results)
-        write_json(self.folder / "results.json", results)
+        write_json(self.folder / "results.json", as_json(results))
 
-    def model(self, base: float, key: str) -> Path:
-        """Where the sliced model of a point is saved; the key tells models of one SB apart."""
-        return self.folder / "models" / f"SB_{base:.4f}-{key[:8]}"
+    def model(self, point: Point) -> Path:
+        """Where the model of a sliced point is saved; the key tells models of one SB apart."""
+        return self.folder / "models" / f"SB_{point.base:.4f}-{point.key[:8]}"
 
-    def _path(self, kind: str, key: str) -> Path:
-        return self.folder / "points" / f"{key}.json" if kind == "point" else self.folder / f"{kind}-{key}.json"
+    def _path(self, kind: object, key: str) -> Path:
+        return self.folder / _PLACES[kind].format(key)
 
     def _clear(self) -> None:
         for name in ("points", "models"):
@@ -115,12 +123,12 @@ def is_saved_model(folder: Path) -> bool:
         return False
 
 
-def _content(path: Path, kind: str, key: str) -> Any:
+def _content(path: Path, kind: type[Kept], key: str) -> Kept:
     """What a file of this kind holds. InputError where it is damaged, or a point is not one with this key."""
     try:
-        content = read_json(path)
-        if kind == "point":
-            check_point(content, key)
+        content = from_json(read_json(path), kind, "point" if kind is Point else "")
+        if isinstance(content, Point) and content.key != key:
+            raise InputError(f"point.key is {content.key!r}: it must be {key!r}")
     except InputError as error:
         raise InputError(f"{error}: delete {path}, and it is measured again") from error
     return content

@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicing.experiment import identity
+from slicing.experiment.comparison import best_dynamic_point
 from slicing.experiment.measure import Bench
 from slicing.experiment.minimum import golden_section, nearest
 from slicing.experiment.names import run_name
-from slicing.experiment.options import REDUNDANCY_SPLIT, Checked, Target
+from slicing.experiment.options import Checked, Target
 from slicing.experiment.ranks import Ranks
-from slicing.experiment.results import Point, Results, best_dynamic_point
+from slicing.experiment.results import Point, Redundancy, Results, Search, Trial, VectorFile
 from slicing.experiment.store import RunFolder, check_writable, content_key, is_saved_model
 from slicing.families import InputError
 from slicing.loading import resolve_device
@@ -83,7 +83,7 @@ class Experiment:
             if equal is not None:
                 self._measure([*targets, equal], on_point)
         self._save_models(on_model)
-        if len(self.results["points"]) < self._kept:  # fewer are wanted now than the file holds
+        if len(self.results.points) < self._kept:  # fewer are wanted now than the file holds
             self.folder.write_results(self.results)
         return self.results
 
@@ -94,9 +94,7 @@ class Experiment:
         pairs = [(target, self.bench.point_key(target)) for target in targets]
         keys = [key for _, key in pairs]
         # rank 0 says what is missing: the others might already see points of this very run
-        missing = (
-            [pair for pair in pairs if self.folder.take_over("point", pair[1]) is None] if self.ranks.first else []
-        )
+        missing = [pair for pair in pairs if self.folder.take_over(Point, pair[1]) is None] if self.ranks.first else []
         missing = self.ranks.from_first(missing)
         mine = self.ranks.share(missing)
         if mine:
@@ -118,19 +116,19 @@ class Experiment:
         point, model = self.bench.point(target, key)
         try:
             if target.widths is not None and self.options.save_model == "all":
-                place = self.folder.model(point["base"], key)
+                place = self.folder.model(point)
                 if not is_saved_model(place):
                     self.bench.save(model, place)
         finally:
-            self.folder.write("point", key, point)
+            self.folder.write(Point, key, point)
         if self.options.save_model == "best" and point in self._best_of([*self._points.values(), point]):
             self._best = (point, model) if self.bench.can_keep(model) else None
 
     @staticmethod
     def _best_of(points: Sequence[Point]) -> list[Point]:
         """The point of lowest perplexity that --save-model best means; none where nothing is sliced."""
-        sliced = [point for point in points if point["widths"] is not None and point["kind"] != "equal-parameters"]
-        return sorted(sliced, key=lambda point: point["perplexity"])[:1]
+        sliced = [point for point in points if point.widths is not None and point.kind != "equal-parameters"]
+        return sorted(sliced, key=lambda point: point.perplexity)[:1]
 
     def _share_bases(self) -> None:
         """The bases of --calibration once in every rank: rank 0 makes the pass, and the others read what it wrote."""
@@ -164,13 +162,13 @@ class Experiment:
         if not self.ranks.first:
             return False
         for key in keys:
-            point = None if key in self._points else self.folder.read("point", key)
+            point = None if key in self._points else self.folder.read(Point, key)
             if point is not None:
                 self._points[key] = point
         found = [self._points.get(key) for key in keys]
         finished = [point for point in found if point is not None]
-        if len(finished) > len(self.results["points"]):
-            self.results["points"] = finished
+        if len(finished) > len(self.results.points):
+            self.results.points = finished
             if len(finished) >= self._kept:  # a run that goes on replaces no file by a shorter one
                 self.folder.write_results(self.results)
         while self._reported < len(keys) and (point := found[self._reported]) is not None:
@@ -185,56 +183,60 @@ class Experiment:
         """LR (L), as given or as rank 0 measures it, noted in the results; None where nothing is sliced."""
         if self.options.swept == 0:
             return None
-        if self.checked.vector is None:
-            found = self.ranks.from_first(self._measured_redundancy() if self.ranks.first else {})
+        if self.checked.vector is not None:
+            vector, source = self.checked.vector, self.checked.source
         else:
-            found = (self.checked.source or {}) | {"normalised": self.checked.vector}
-        self.results["redundancy"] = {name: found.get(name) for name in ("normalised", "cosine", "stderr")}
-        self.results["data"]["redundancy"] = found.get("data")
-        return list(found["normalised"])
+            source = self.ranks.from_first(self._measured_redundancy() if self.ranks.first else None)
+            assert source is not None
+            vector = source.normalised
+        self.results.redundancy = Redundancy(vector, None, None)
+        if source is not None:
+            self.results.redundancy = Redundancy(vector, source.cosine, source.stderr)
+            self.results.data.redundancy = source.data
+        return vector
 
-    def _measured_redundancy(self) -> dict[str, Any]:
+    def _measured_redundancy(self) -> VectorFile:
         """LR, measured once and kept: on a GPU another time might give other last digits, and so other points."""
         windows = self.checked.redundancy_windows
         assert windows is not None
         key = self.bench.redundancy_key(windows)
-        found: dict[str, Any] | None = self.folder.take_over("redundancy", key)
+        found = self.folder.take_over(VectorFile, key)
         if found is None:
-            data = identity.text_entry(self.options.source_for_vector, REDUNDANCY_SPLIT, windows)
-            found = self.bench.redundancy(windows) | {"data": data}
-            self.folder.write("redundancy", key, found)
+            found = self.bench.redundancy(windows)
+            self.folder.write(VectorFile, key, found)
         return found
 
     def _best_base(self, vector: list[float]) -> Target:
         """The slice base with the lowest perplexity on the validation split, looked for by rank 0 with one calibration;
         it is to be confirmed with a calibration of its own."""
-        found = self.ranks.from_first(self._search(vector) if self.ranks.first else {})
-        self.results["search"] = found
-        return self.checked.target(self.options.mean, found["base"], vector, kind="confirm", calibration="every-point")
+        found = self.ranks.from_first(self._search(vector) if self.ranks.first else None)
+        assert found is not None
+        self.results.search = found
+        return self.checked.target(self.options.mean, found.base, vector, kind="confirm", calibration="every-point")
 
-    def _search(self, vector: list[float]) -> dict[str, Any]:
-        """The search as results.json has it. Each trial is kept as it ends."""
+    def _search(self, vector: list[float]) -> Search:
+        """Each trial is kept as it ends."""
         mean = self.options.mean
         windows = self.checked.validation_windows
         assert windows is not None
         first = self.bench.point_key(self.checked.target(mean, 0.0, vector, kind="search"), windows)
         key = content_key({"first": first, "vector": vector, "round_interval": self.options.round_interval})
-        trials: list[dict[str, float]] = self.folder.take_over("search", key) or []
+        trials = self.folder.take_over(list[Trial], key) or []
 
         def trial(base: float) -> float:
             for kept in trials:
-                if kept["base"] == base:
-                    return kept["perplexity"]
+                if kept.base == base:
+                    return kept.perplexity
             target = self.checked.target(mean, base, vector, calibration="once")
-            trials.append({"base": base, "perplexity": self.bench.perplexity(target, windows)})
-            self.folder.write("search", key, trials)
+            trials.append(Trial(base, self.bench.perplexity(target, windows)))
+            self.folder.write(list[Trial], key, trials)
             bar.update()
-            return trials[-1]["perplexity"]
+            return trials[-1].perplexity
 
         with tqdm(desc="search", unit="trial", initial=len(trials), disable=not self.progress) as bar:
             base = golden_section(trial, 0.0, mean, BASE_TOLERANCE)
         data = identity.text_entry(self.options.dataset, "validation", windows)
-        return {"base": base, "data": data, "trials": trials}
+        return Search(base, data, trials)
 
     def _equal_size(self, vector: list[float]) -> Target | None:
         """Constant slicing with the true parameter count of the best dynamic point, found by the count alone."""
@@ -243,7 +245,7 @@ class Experiment:
             return None
 
         def constant(mean: float) -> Target:
-            return self.checked.target(mean, mean, vector, kind="equal-parameters", calibration=best["calibration"])
+            return self.checked.target(mean, mean, vector, kind="equal-parameters", calibration=best.calibration)
 
         def parameters(mean: float) -> int:
             target = constant(mean)
@@ -252,30 +254,30 @@ class Experiment:
         sizes = [self.checked.hidden_size] if self.options.mean else []
         sizes += [max(self.checked.inner_sizes)] if self.options.inner_mean else []
         step = self.options.round_interval / (max(sizes) * len(vector))  # one multiple in one layer
-        return constant(nearest(parameters, best["parameters"], 0.0, self.checked.highest_mean(), step / 2))
+        return constant(nearest(parameters, best.parameters, 0.0, self.checked.highest_mean(), step / 2))
 
     # ---- models
 
     def _save_models(self, on_model: OnModel) -> None:
         """Slice and save what --save-model wants and no point of this run has saved, shared out over the ranks; then
         write the cards, which need the dense model's point."""
-        wanted = [point for point in self.results["points"] if point["widths"] is not None]
+        wanted = [point for point in self.results.points if point.widths is not None]
         if self.options.save_model == "none":
             wanted = []
         elif self.options.save_model == "best":
             wanted = self._best_of(wanted)
-        places = [self.folder.model(point["base"], point["key"]) for point in wanted]
+        places = [self.folder.model(point) for point in wanted]
         missing = [(point, place) for point, place in zip(wanted, places, strict=True) if not is_saved_model(place)]
         names = ("kind", "mean", "base", "slices", "widths", "calibration", "inner_mean", "inner_base", "inner_widths")
         missing = self.ranks.from_first(missing)
         for point, place in missing:
-            if self._best is not None and self._best[0]["key"] == point["key"]:
+            if self._best is not None and self._best[0].key == point.key:
                 self.bench.save(self._best[1], place)
         self._best = None
         self.ranks.wait()
         missing = self.ranks.from_first([pair for pair in missing if not is_saved_model(pair[1])])
         for point, place in self.ranks.share(missing):
-            self.bench.save(self.bench.sliced(Target(**{name: point.get(name) for name in names})), place)
+            self.bench.save(self.bench.sliced(Target(**{name: getattr(point, name) for name in names})), place)
         self.ranks.wait()
         if self.ranks.first:
             self._wait_for_files(lambda: all(map(is_saved_model, places)))

@@ -3,21 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slicing.experiment.accuracy import Change, mean_accuracy_change, score_change
-from slicing.experiment.names import shown
-from slicing.experiment.results import (
-    PARTS,
-    Point,
-    Results,
+from slicing.experiment.comparison import (
+    Change,
     compare,
     constant_point,
     dense_point,
     is_accuracy,
+    mean_accuracy_change,
     mean_accuracy_error,
+    score_change,
 )
+from slicing.experiment.names import shown
+from slicing.experiment.results import PARTS, Part, Point, Results
 from slicing.families import InputError
 from slicing.report.labels import is_sliced_model, model_name, text_label
-from slicing.report.seeds import is_pooled, seed_of
+from slicing.report.seeds import PooledPoint, seed_of
 from slicing.report.settings import SETTINGS, Setting, differing, shown_value
 
 Cell = Callable[[Point, Results], str]
@@ -55,17 +55,17 @@ def columns_for(runs: Sequence[Results], tasks: Sequence[str] | None = None, *, 
     """All columns of a table over the runs. `tasks`: names given beforehand; `labelled`: say which run a row is of, by
     all in which they differ."""
     if tasks is None:
-        tasks = list(dict.fromkeys(name for run in runs for point in run["points"] for name in point["tasks"]))
-    pooled = any(is_pooled(point) for run in runs for point in run["points"])
+        tasks = list(dict.fromkeys(name for run in runs for point in run.points for name in point.tasks))
+    pooled = any(isinstance(point, PooledPoint) for run in runs for point in run.points)
     return [
         *_label_columns(runs, labelled),
         *_solving_columns(runs),
         Column("point", ("", "point"), -12 if any(map(is_sliced_model, runs)) else -10, kind),
-        Column("SB", ("", "SB"), 5, lambda point, _: optional(point["base"], ".3f")),
-        Column("SP", ("", "SP"), 5, lambda point, _: optional(point["mean"], ".3f")),
+        Column("SB", ("", "SB"), 5, lambda point, _: optional(point.base, ".3f")),
+        Column("SP", ("", "SP"), 5, lambda point, _: optional(point.mean, ".3f")),
         *_inner_columns(runs),
         *([Column("seeds", ("", "seeds"), 5, _seeds)] if pooled else []),
-        Column("perplexity", ("", "perplexity"), 10, lambda point, _: perplexity_text(point["perplexity"])),
+        Column("perplexity", ("", "perplexity"), 10, lambda point, _: perplexity_text(point.perplexity)),
         *([Column("perplexity_sd", ("SD over", "seeds"), 7, _perplexity_sd)] if pooled else []),
         Column(
             "dense",
@@ -95,8 +95,8 @@ def columns_for(runs: Sequence[Results], tasks: Sequence[str] | None = None, *, 
             lambda point, run: optional(against_constant(point, run)[1], ".4f"),
             rank=7,
         ),
-        Column("parameters", ("para-", "meters"), 7, lambda point, _: millions(point["parameters"])),
-        Column("cut", ("true", "cut"), 6, lambda point, _: f"{point['cut']:z.1%}", rank=4),
+        Column("parameters", ("para-", "meters"), 7, lambda point, _: millions(point.parameters)),
+        Column("cut", ("true", "cut"), 6, lambda point, _: f"{point.cut:z.1%}", rank=4),
         *_task_columns(runs, tasks, pooled),
         Column("seconds", ("", "seconds"), 7, _seconds, rank=10),
         *(_part_columns()),
@@ -127,17 +127,17 @@ def fitting(columns: Sequence[Column], width: int | None) -> tuple[list[Column],
 
 
 def _label_columns(runs: Sequence[Results], labelled: bool) -> list[Column]:
-    names: dict[str, str] = {run["model"]["name"]: model_name(run) for run in runs}
+    names: dict[str, str] = {run.model.name: model_name(run) for run in runs}
     if len(set(names.values())) < len(names):
         names = {name: shown(name) for name in names}
     texts = {text_label(run) for run in runs}
     differ = differing(runs) if labelled else []
     columns = [
-        Column("model", ("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run["model"]["name"]]),
+        Column("model", ("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run.model.name]),
         Column("text", ("", "text"), -max(map(len, texts), default=4), lambda _, run: text_label(run)),
         Column("seed", ("", "seed"), 5, lambda _, run: optional(seed_of(run), "d")),
-        Column("rotations", ("rota-", "tions"), 5, lambda point, _: str(point["rotations"] or "-"), rank=2),
-        Column("calibrated", ("", "calibrated"), -11, lambda point, _: point["calibration"] or "-", rank=2),
+        Column("rotations", ("rota-", "tions"), 5, lambda point, _: str(point.rotations or "-"), rank=2),
+        Column("calibrated", ("", "calibrated"), -11, lambda point, _: point.calibration or "-", rank=2),
     ]
     seeds = len({seed_of(run) for run in runs}) > 1
     wanted = {"model": labelled, "text": labelled and len(texts) > 1, "seed": labelled and seeds}
@@ -147,20 +147,20 @@ def _label_columns(runs: Sequence[Results], labelled: bool) -> list[Column]:
 
 def _solving_columns(runs: Sequence[Results]) -> list[Column]:
     """How bases and writers were found, if that is not the paper's way somewhere."""
-    gradient = any(run["arguments"].get("metric") == "gradient" for run in runs)
-    refit = any(run["arguments"].get("refit") for run in runs)
+    gradient = any(run.arguments.get("metric") == "gradient" for run in runs)
+    refit = any(run.arguments.get("refit") for run in runs)
     return [
-        Column("metric", ("", "metric"), -8, lambda point, _: point.get("metric") or "-", shown=gradient),
-        Column("refit", ("", "refit"), -5, lambda point, _: "yes" if point.get("refit") else "-", shown=refit),
+        Column("metric", ("", "metric"), -8, lambda point, _: point.metric or "-", shown=gradient),
+        Column("refit", ("", "refit"), -5, lambda point, _: "yes" if point.refit else "-", shown=refit),
     ]
 
 
 def _inner_columns(runs: Sequence[Results]) -> list[Column]:
     """SB and SP of the inner widths, if a run cuts these."""
-    cut = any(run["arguments"].get("inner_mean") for run in runs)
+    cut = any(run.arguments.get("inner_mean") for run in runs)
     return [
-        Column("inner_SB", ("inner", "SB"), 5, lambda point, _: optional(point.get("inner_base"), ".3f"), shown=cut),
-        Column("inner_SP", ("inner", "SP"), 5, lambda point, _: optional(point.get("inner_mean"), ".3f"), shown=cut),
+        Column("inner_SB", ("inner", "SB"), 5, lambda point, _: optional(point.inner_base, ".3f"), shown=cut),
+        Column("inner_SP", ("inner", "SP"), 5, lambda point, _: optional(point.inner_mean, ".3f"), shown=cut),
     ]
 
 
@@ -184,7 +184,7 @@ def _task_columns(runs: Sequence[Results], tasks: Sequence[str], pooled: bool) -
             columns.append(Column(f"{name}:{reference}", titles, max(map(len, titles)), cell, shown=False))
     if tasks:
         count = len(mean_of(runs)) or len(tasks)
-        sliced = any(run["redundancy"] is not None for run in runs)
+        sliced = any(run.redundancy is not None for run in runs)
         mean_title = ("mean" if count == 1 else f"mean of {count}", "accuracy")
         columns.append(Column("accuracy", mean_title, 12, _mean_accuracy))
         if pooled:
@@ -199,9 +199,9 @@ def _task_columns(runs: Sequence[Results], tasks: Sequence[str], pooled: bool) -
 
 def measured_as(runs: Sequence[Results], task: str) -> str:
     """Metric and shots of a task; "" where neither is known yet, "mixed" where they differ between the runs."""
-    scores = [point["tasks"][task] for run in runs for point in run["points"] if task in point["tasks"]]
-    metrics = {score["metric"] for score in scores} - {None}
-    counts = {run["tasks"][task]["shots"] for run in runs if task in run.get("tasks", {})}
+    scores = [point.tasks[task] for run in runs for point in run.points if task in point.tasks]
+    metrics = {score.metric for score in scores} - {None}
+    counts = {run.tasks[task].shots for run in runs if task in run.tasks}
     words = [] if not metrics else [str(metrics.pop()) if len(metrics) == 1 else "mixed metrics"]
     if counts:
         count = counts.pop() if len(counts) == 1 else None
@@ -213,10 +213,10 @@ def mean_of(runs: Sequence[Results]) -> list[str]:
     """What the mean accuracy is a mean of: each task with metric, shots and documents."""
     found: dict[str, str] = {}
     for run in runs:
-        for point in run["points"]:
-            for name, score in point["tasks"].items():
+        for point in run.points:
+            for name, score in point.tasks.items():
                 if is_accuracy(score) and name not in found:
-                    found[name] = f"{name} ({measured_as(runs, name)}, {score['documents']} documents)"
+                    found[name] = f"{name} ({measured_as(runs, name)}, {score.documents} documents)"
     return list(found.values())
 
 
@@ -247,10 +247,10 @@ def millions(parameters: int) -> str:
 
 
 def kind(point: Point, results: Results) -> str:
-    if point["kind"] == "dense" and is_sliced_model(results):
+    if point.kind == "dense" and is_sliced_model(results):
         return "sliced model"
     names = {"dense": "dense", "equal-parameters": "equal size", "confirm": "confirmed"}
-    return names.get(point["kind"]) or ("constant" if point["amount"] == 0 else "dynamic")
+    return names.get(point.kind) or ("constant" if point.amount == 0 else "dynamic")
 
 
 def _with_error(value: float | None, error: float | None, form: str = ".3f") -> str:
@@ -259,8 +259,8 @@ def _with_error(value: float | None, error: float | None, form: str = ".3f") -> 
 
 def _task_cell(name: str) -> Cell:
     def cell(point: Point, _: Results) -> str:
-        score = point["tasks"].get(name)
-        return "-" if score is None else _with_error(score["value"], score["stderr"])
+        score = point.tasks.get(name)
+        return "-" if score is None else _with_error(score.value, score.stderr)
 
     return cell
 
@@ -269,28 +269,28 @@ def _change_cell(change: Callable[[Point, Results], Change]) -> Cell:
     """A difference of accuracies with its paired standard error; of the dense model none, as it is the reference."""
 
     def cell(point: Point, run: Results) -> str:
-        return "-" if point["kind"] == "dense" else _with_error(*change(point, run), form="+z.3f")
+        return "-" if point.kind == "dense" else _with_error(*change(point, run), form="+z.3f")
 
     return cell
 
 
 def _mean_accuracy(point: Point, _: Results) -> str:
-    return _with_error(point["mean_accuracy"], mean_accuracy_error(point))
+    return _with_error(point.mean_accuracy, mean_accuracy_error(point))
 
 
 def _seconds(point: Point, _: Results) -> str:
-    return f"{sum(point['seconds'][part] or 0.0 for part in PARTS):.0f}"
+    return f"{sum(getattr(point.seconds, part) or 0.0 for part in PARTS):.0f}"
 
 
 def _part_columns() -> list[Column]:
     """Seconds and memory of each part."""
 
-    def seconds(part: str) -> Cell:
-        return lambda point, _: optional(point["seconds"][part], ".1f")
+    def seconds(part: Part) -> Cell:
+        return lambda point, _: optional(getattr(point.seconds, part), ".1f")
 
-    def memory(part: str) -> Cell:
+    def memory(part: Part) -> Cell:
         def cell(point: Point, _: Results) -> str:
-            size = point["peak_memory_bytes"][part]
+            size = getattr(point.peak_memory_bytes, part)
             return "-" if size is None else f"{size / 1e9:.2f}"
 
         return cell
@@ -300,17 +300,17 @@ def _part_columns() -> list[Column]:
 
 
 def _seeds(point: Point, _: Results) -> str:
-    return str(point.get("seeds", 1))
+    return str(point.seeds if isinstance(point, PooledPoint) else 1)
 
 
 def _perplexity_sd(point: Point, _: Results) -> str:
-    return optional(point.get("perplexity_sd"), ".3f")
+    return optional(point.perplexity_sd if isinstance(point, PooledPoint) else None, ".3f")
 
 
 def _accuracy_sd(point: Point, _: Results) -> str:
-    return optional(point.get("accuracy_sd"), ".4f")
+    return optional(point.accuracy_sd if isinstance(point, PooledPoint) else None, ".4f")
 
 
-def against_constant(point: Point, results: Results) -> tuple[float | None, float | None]:
+def against_constant(point: Point, results: Results) -> Change:
     """Change of perplexity against constant slicing, and its paired standard error; None of the dense model."""
-    return (None, None) if point["kind"] == "dense" else compare(point, constant_point(results))
+    return (None, None) if point.kind == "dense" else compare(point, constant_point(results))

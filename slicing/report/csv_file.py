@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slicing.experiment.accuracy import Change, mean_accuracy_change, score_change
-from slicing.experiment.results import PARTS, Point, Results, compare, constant_point, dense_point, mean_accuracy_error
+from slicing.experiment.comparison import (
+    Change,
+    compare,
+    constant_point,
+    dense_point,
+    mean_accuracy_change,
+    mean_accuracy_error,
+    score_change,
+)
+from slicing.experiment.results import PARTS, Point, Results
 from slicing.families import InputError
 from slicing.files import replacing
 from slicing.report.columns import against_constant, mean_of
 from slicing.report.labels import is_sliced_model
-from slicing.report.seeds import is_pooled, seed_of
+from slicing.report.seeds import PooledPoint, seed_of
 from slicing.report.settings import SETTINGS
 
 
@@ -41,39 +49,38 @@ def csv_lines(runs: Sequence[Results], chosen: Sequence[str] | None = None) -> l
 
 def csv_rows(runs: Sequence[Results]) -> tuple[list[str], list[dict[str, Any]]]:
     """Names of the columns, and a dictionary a row."""
-    rows = [_csv_row(point, run) for run in runs for point in run["points"]]
+    rows = [_csv_row(point, run) for run in runs for point in run.points]
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
 def _csv_row(point: Point, results: Results) -> dict[str, Any]:
-    text = results["data"]["perplexity"]
-    row: dict[str, Any] = {"model": results["model"]["name"], "revision": results["model"]["revision"]}
-    row |= {"text": text["source"], "split": text["split"], "seed": seed_of(results)}
+    text = results.data.perplexity
+    row: dict[str, Any] = {"model": results.model.name, "revision": results.model.revision}
+    row |= {"text": text.source, "split": text.split, "seed": seed_of(results)}
     row |= {setting.name: setting.value(results) for setting in SETTINGS}
     plain = ("key", "kind", "mean", "base", "amount", "rotations", "calibration", "parameters", "cut", "perplexity")
-    row |= {key: point[key] for key in plain}
-    row |= {key: point.get(key) for key in ("metric", "refit", "inner_mean", "inner_base")}
-    if point["kind"] == "dense" and is_sliced_model(results):
+    row |= {key: getattr(point, key) for key in (*plain, "metric", "refit", "inner_mean", "inner_base")}
+    if point.kind == "dense" and is_sliced_model(results):
         row["kind"] = "sliced model"
     row["change_dense"], row["paired_se_dense"] = compare(point, dense_point(results))
     row["change_constant"], row["paired_se_constant"] = against_constant(point, results)
-    row |= {"mean_accuracy": point["mean_accuracy"], "mean_accuracy_stderr": mean_accuracy_error(point)}
+    row |= {"mean_accuracy": point.mean_accuracy, "mean_accuracy_stderr": mean_accuracy_error(point)}
     row["mean_accuracy_of"] = "; ".join(mean_of([results])) or None
     row |= _changes("mean_accuracy", lambda reference: mean_accuracy_change(point, reference), results)
-    if is_pooled(point):
+    if isinstance(point, PooledPoint):
         row |= {
-            "seeds": point["seeds"],
-            "perplexity_sd": point["perplexity_sd"],
-            "mean_accuracy_sd": point["accuracy_sd"],
+            "seeds": point.seeds,
+            "perplexity_sd": point.perplexity_sd,
+            "mean_accuracy_sd": point.accuracy_sd,
         }
     for part in PARTS:
-        row[f"seconds_{part}"] = point["seconds"][part]
-        row[f"peak_memory_bytes_{part}"] = point["peak_memory_bytes"][part]
-    for name, score in point["tasks"].items():
-        row |= {name: score["value"], f"{name}_stderr": score["stderr"], f"{name}_metric": score["metric"]}
-        task = results.get("tasks", {}).get(name)
-        row |= {f"{name}_shots": task and task["shots"], f"{name}_version": task and task["version"]}
-        row |= {f"{name}_hash": task and task["content"], f"{name}_documents": score["documents"]}
+        row[f"seconds_{part}"] = getattr(point.seconds, part)
+        row[f"peak_memory_bytes_{part}"] = getattr(point.peak_memory_bytes, part)
+    for name, score in point.tasks.items():
+        row |= {name: score.value, f"{name}_stderr": score.stderr, f"{name}_metric": score.metric}
+        task = results.tasks.get(name)
+        row |= {f"{name}_shots": task and task.shots, f"{name}_version": task and task.version}
+        row |= {f"{name}_hash": task and task.content, f"{name}_documents": score.documents}
         row |= _changes(name, lambda reference, name=name: score_change(point, reference, name), results)  # type: ignore[misc]
     return row
 

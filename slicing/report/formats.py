@@ -23,13 +23,13 @@ def text_row(columns: Sequence[Column], point: Point, results: Results) -> str:
 
 def text(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     """For a terminal."""
-    return [text_header(columns), *(text_row(columns, point, run) for run in runs for point in run["points"])]
+    return [text_header(columns), *(text_row(columns, point, run) for run in runs for point in run.points)]
 
 
 def markdown(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     """For GitHub and its like."""
     marks = ["---" if column.width < 0 else "---:" for column in columns]
-    rows = [[column.cell(point, run) for column in columns] for run in runs for point in run["points"]]
+    rows = [[column.cell(point, run) for column in columns] for run in runs for point in run.points]
     head = [column.title for column in columns]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, marks, *rows]]
 
@@ -41,7 +41,7 @@ def latex(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     lines += [_latex_row([column.titles[i] for column in columns]) for i in (0, 1)]
     for run in runs:
         lines.append(r"\midrule")
-        lines += [_latex_row([column.cell(point, run) for column in columns]) for point in run["points"]]
+        lines += [_latex_row([column.cell(point, run) for column in columns]) for point in run.points]
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 

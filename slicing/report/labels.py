@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from slicing.experiment.comparison import dense_point, is_accuracy
 from slicing.experiment.names import short_model_name, shown, text_name
-from slicing.experiment.results import Results, dense_point, is_accuracy
+from slicing.experiment.results import Results
 from slicing.report.seeds import seed_of
 from slicing.report.settings import SETTINGS
 
@@ -12,20 +13,20 @@ TEXT_LABEL_LENGTH = 25  # characters of a text's name on an axis and in a table
 
 def model_name(results: Results) -> str:
     """Last part of the hub name or path."""
-    return short_model_name(results["model"]["name"])
+    return short_model_name(results.model.name)
 
 
 def is_sliced_model(results: Results) -> bool:
     """Whether the model of the run was a sliced one from the beginning: by its type, or, where it is saved as a plain
     checkpoint of its family, by what it lacks of the model that it was made from."""
     found = dense_point(results)
-    return bool(results["model"]["model_type"] == "sliced" or (found is not None and found["cut"] != 0))
+    return bool(results.model.model_type == "sliced" or (found is not None and found.cut != 0))
 
 
 def text_label(results: Results) -> str:
     """Name and split of the text of the perplexity; the middle is left out where it is too long for an axis."""
-    text = results["data"]["perplexity"]
-    label = f"{text_name(text['source'])} {text['split'] or ''}".strip()
+    text = results.data.perplexity
+    label = f"{text_name(text.source)} {text.split or ''}".strip()
     half = TEXT_LABEL_LENGTH // 2
     return label if len(label) <= TEXT_LABEL_LENGTH else f"{label[:half]}…{label[-half:]}"
 
@@ -33,31 +34,31 @@ def text_label(results: Results) -> str:
 def run_label(results: Results) -> str:
     """Model, mean, rotations, calibration and what else is not the paper's, for a legend; the model alone where nothing
     was sliced."""
-    point = next((point for point in results["points"] if point["kind"] == "sweep"), None)
+    point = next((point for point in results.points if point.kind == "sweep"), None)
     if point is None:
         return model_name(results)
-    rotations = f"{point['rotations']} rotation{'' if point['rotations'] == 1 else 's'}"
-    calibrated = "calibrated once" if point["calibration"] == "once" else "calibrated at every point"
-    inner = point.get("inner_mean")
-    mean = f"SP = {point['mean']:g}" + (f", inner {inner:g}" if inner else "")
-    if inner and not results["arguments"].get("mean"):
+    rotations = f"{point.rotations} rotation{'' if point.rotations == 1 else 's'}"
+    calibrated = "calibrated once" if point.calibration == "once" else "calibrated at every point"
+    inner = point.inner_mean
+    mean = f"SP = {point.mean:g}" + (f", inner {inner:g}" if inner else "")
+    if inner and not results.arguments.get("mean"):
         mean = f"inner SP = {inner:g}"
-    more = ", gradient metric" if point.get("metric") == "gradient" else ""
-    more += ", refit" if point.get("refit") else ""
+    more = ", gradient metric" if point.metric == "gradient" else ""
+    more += ", refit" if point.refit else ""
     return f"{model_name(results)}, {mean}, {rotations}, {calibrated}{more}"
 
 
 def run_labels(runs: Sequence[Results]) -> list[str]:
     """A label a run, all different: equal `run_label`s go on with what differs of text, seed, full name of the model,
     tasks and settings, else with a number."""
-    marks = [text_label, _seed_label, lambda run: shown(run["model"]["name"]), _task_names]
+    marks = [text_label, _seed_label, lambda run: shown(run.model.name), _task_names]
     marks += [setting.label for setting in SETTINGS]
     return _told_apart([run_label(run) for run in runs], runs, marks)
 
 
 def dense_labels(runs: Sequence[Results]) -> list[str]:
     """A label for the dense model of each run, all different in the same way; no seed changes these."""
-    marks = (text_label, lambda run: shown(run["model"]["name"]), _task_names)
+    marks = (text_label, lambda run: shown(run.model.name), _task_names)
     kinds = ["sliced model" if is_sliced_model(run) else "dense" for run in runs]
     return _told_apart([f"{model_name(run)}, {kind}" for run, kind in zip(runs, kinds, strict=True)], runs, marks)
 
@@ -81,15 +82,14 @@ def _seed_label(results: Results) -> str:
 
 
 def _task_names(results: Results) -> str:
-    names = {name: None for point in results["points"] for name in point["tasks"]}
+    names = {name: None for point in results.points for name in point.tasks}
     return f"tasks: {', '.join(names)}" if names else "no tasks"
 
 
 def accuracy_label(runs: Sequence[Results]) -> str:
     """What the mean accuracies of the runs are means of, for an axis."""
     found = [
-        {name for point in run["points"] for name, score in point["tasks"].items() if is_accuracy(score)}
-        for run in runs
+        {name for point in run.points for name, score in point.tasks.items() if is_accuracy(score)} for run in runs
     ]
     tasks = [names for names in found if names]
     label = "accuracy" if all(len(names) == 1 for names in tasks) else "mean accuracy"

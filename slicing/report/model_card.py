@@ -1,13 +1,17 @@
 """The README.md of a saved sliced model: what it was made of and how, what it scores, how it is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slicing.experiment.results import Point, Results, dense_point
+from msgspec.structs import replace
+
+from slicing.experiment.comparison import dense_point
+from slicing.experiment.results import Point, Results, Text
 from slicing.files import read_json, replacing
 from slicing.layouts import SHORTCUTS
 from slicing.report.origin import Origin, origin_of, public_command, public_name
+from slicing.task_scores import TaskScore
 
 _TEMPLATE = """\
 ---
@@ -93,12 +97,12 @@ def write_model_card(
     origin: Origin,
     slice_percentage: float,
     slice_base: float | None,
-    widths: list[int],
+    widths: Sequence[int],
     rotations: int,
     calibration: str,
-    text: dict[str, Any],
-    perplexity: dict[str, float | None],
-    tasks: dict[str, Any],
+    text: Text,
+    perplexity: tuple[float | None, float],
+    tasks: Mapping[str, TaskScore],
     parameters: tuple[int, int],
     command: str,
     solved: str = "",
@@ -110,9 +114,9 @@ def write_model_card(
     widths: L hidden sizes.
     rotations: 1 or 2 bases a layer.
     calibration: the text of the calibration, in words.
-    text: of the perplexity: its "source" (a name, no path), "split" and the "length" of its windows.
-    perplexity: "dense" and "sliced"; a value may be None where it was not measured.
-    tasks: the scores of the sliced model, as results.json has them.
+    text: of the perplexity; its source a name, no path.
+    perplexity: of the dense model, None where it was not measured, and of the sliced one.
+    tasks: the scores of the sliced model.
     parameters: of the dense and of the sliced model, shortcuts and head included, a tied table once.
     command: the line that made the model, as anybody may read it.
     solved: what was done besides rotating and slicing, in words.
@@ -120,8 +124,8 @@ def write_model_card(
     dense, sliced = parameters
     title = f"{origin.name}, sliced by {100 * slice_percentage:g} %"
     named = origin.hub or origin.name
-    scores = [f"{model} {_number(perplexity[model])}" for model in ("dense", "sliced")]
-    where = f"{text['source']} ({text['split']}), windows of {text['length']}"
+    scores = f"dense {_number(perplexity[0])}, sliced {_number(perplexity[1])}"
+    where = f"{text.source} ({text.split}), windows of {text.length}"
     rows = [
         ("model that was sliced", f"{named} (revision {origin.revision})" if origin.revision else named),
         ("mean cut over the layers (SP)", f"{slice_percentage:.2%}"),
@@ -129,12 +133,12 @@ def write_model_card(
         ("bases a layer", str(rotations)),
         *([("besides", solved)] if solved else []),
         ("calibrated on", calibration),
-        (f"perplexity on {where}", ", ".join(scores)),
+        (f"perplexity on {where}", scores),
         ("parameters", f"dense {dense:,}, sliced {sliced:,}"),
         ("true cut of the parameters", f"{1 - sliced / dense:.2%}"),
     ]
     card = _TEMPLATE.format(
-        front_matter=_front_matter(origin, title, text, perplexity["sliced"], tasks),
+        front_matter=_front_matter(origin, title, text, perplexity[1], tasks),
         title=title,
         origin=named,
         table=_table([("", ""), *rows]),
@@ -151,23 +155,27 @@ def write_model_card(
 
 
 def write_card(folder: str | Path, point: Point, results: Results) -> Path:
-    """Write the card of a run's saved point."""
-    model, test, calibration = results["model"], results["data"]["perplexity"], results["data"]["calibration"]
-    windows = f"{calibration['windows']} windows of {calibration['length']} tokens"
-    once = ", by the dense model's signals" if point["calibration"] == "once" else ""
+    """Write the card of a sliced point that a run has saved."""
+    model, test, calibration = results.model, results.data.perplexity, results.data.calibration
+    assert calibration is not None
+    assert point.mean is not None
+    assert point.widths is not None
+    assert point.rotations is not None
+    windows = f"{calibration.windows} windows of {calibration.length} tokens"
+    once = ", by the dense model's signals" if point.calibration == "once" else ""
     dense = dense_point(results)
     return write_model_card(
         folder,
-        origin=origin_of(model["name"], model["revision"]),
-        slice_percentage=point["mean"],
-        slice_base=point["base"],
-        widths=point["widths"],
-        rotations=point["rotations"],
-        calibration=f"{windows} of {public_name(calibration['source'])} (train){once}",
-        text={"source": public_name(test["source"]), "split": test["split"], "length": test["length"]},
-        perplexity={"dense": None if dense is None else dense["perplexity"], "sliced": point["perplexity"]},
-        tasks=point["tasks"],
-        parameters=(model["parameters"], point["parameters"]),
+        origin=origin_of(model.name, model.revision),
+        slice_percentage=point.mean,
+        slice_base=point.base,
+        widths=point.widths,
+        rotations=point.rotations,
+        calibration=f"{windows} of {public_name(calibration.source)} (train){once}",
+        text=replace(test, source=public_name(test.source)),
+        perplexity=(None if dense is None else dense.perplexity, point.perplexity),
+        tasks=point.tasks,
+        parameters=(model.parameters, point.parameters),
         command=public_command(),
         solved="; ".join(_solved(point)),
     )
@@ -180,48 +188,44 @@ def _is_plain(folder: str | Path) -> bool:
 
 
 def _solved(point: Point) -> Iterator[str]:
-    if point.get("metric") == "gradient":
+    if point.metric == "gradient":
         yield "bases in the gradient metric"
-    if point.get("refit"):
+    if point.refit:
         yield "writers solved anew against the dense stream"
-    if point.get("inner_widths"):
-        yield f"inner widths cut by {point['inner_mean']:.2%} in the mean: {', '.join(map(str, point['inner_widths']))}"
+    if point.inner_widths and point.inner_mean:
+        yield f"inner widths cut by {point.inner_mean:.2%} in the mean: {', '.join(map(str, point.inner_widths))}"
 
 
-def _front_matter(
-    origin: Origin, title: str, text: dict[str, Any], perplexity: float | None, tasks: dict[str, Any]
-) -> str:
+def _front_matter(origin: Origin, title: str, text: Text, perplexity: float, tasks: Mapping[str, TaskScore]) -> str:
     """YAML for the hub, with the scores as its `model-index`."""
     from huggingface_hub import EvalResult, ModelCardData
 
     from slicing.text import HUB
 
     generation: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
-    results = []
-    if perplexity is not None:
-        hub = HUB.get(text["source"])
-        results.append(
-            EvalResult(
-                **generation,
-                dataset_type=hub.repo if hub else "text",
-                dataset_name=text["source"],
-                dataset_split=text["split"],
-                metric_type="perplexity",
-                metric_value=round(perplexity, 4),
-                metric_args={"window": text["length"]},
-            )
+    hub = HUB.get(text.source)
+    results = [
+        EvalResult(
+            **generation,
+            dataset_type=hub.repo if hub else "text",
+            dataset_name=text.source,
+            dataset_split=text.split,
+            metric_type="perplexity",
+            metric_value=round(perplexity, 4),
+            metric_args={"window": text.length},
         )
+    ]
     for task, score in tasks.items():
-        if score.get("value") is not None:
-            stderr = score.get("stderr")
+        if score.value is not None:
+            stderr = score.stderr
             results.append(
                 EvalResult(
                     **generation,
                     dataset_type=task,
                     dataset_name=task,
-                    metric_type="accuracy" if str(score["metric"]).startswith("acc") else str(score["metric"]),
-                    metric_name=str(score["metric"]),
-                    metric_value=round(score["value"], 4),
+                    metric_type="accuracy" if str(score.metric).startswith("acc") else str(score.metric),
+                    metric_name=str(score.metric),
+                    metric_value=round(score.value, 4),
                     metric_args=None if stderr is None else {"stderr": round(stderr, 4)},
                 )
             )
@@ -231,7 +235,7 @@ def _front_matter(
         pipeline_tag="text-generation",
         tags=["sliced", "slicegpt"],
         model_name=title,
-        eval_results=results or None,
+        eval_results=results,
         **origin.licence,
     )
     return str(data.to_yaml(line_break="\n"))
@@ -245,13 +249,13 @@ def _licence(origin: Origin) -> str:
     return f"The terms of {named} ({name}) hold for this model too."
 
 
-def _task_scores(tasks: dict[str, Any]) -> str:
+def _task_scores(tasks: Mapping[str, TaskScore]) -> str:
     if not tasks:
         return ""
     rows = [("task", "metric", "score")]
     for task, score in tasks.items():
-        error = "" if score.get("stderr") is None else f" ± {score['stderr']:.4f}"
-        rows.append((task, str(score["metric"]), f"{_number(score.get('value'), 4)}{error}"))
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        rows.append((task, str(score.metric), f"{_number(score.value, 4)}{error}"))
     return f"\n{_table(rows)}\n"
 
 

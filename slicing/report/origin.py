@@ -9,7 +9,7 @@ from typing import Any
 
 from slicing.experiment.names import short_model_name, shown
 from slicing.files import local_path
-from slicing.loading import DEMO
+from slicing.flags import DEMO
 
 _LICENCE = ("license", "license_name", "license_link")  # as the hub spells it in a card
 _DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"

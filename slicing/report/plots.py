@@ -7,16 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from slicing.experiment.results import (
-    Point,
-    Results,
-    best_dynamic_point,
-    constant_point,
-    dense_point,
-    mean_accuracy_error,
-)
+from slicing.experiment.comparison import best_dynamic_point, constant_point, dense_point, mean_accuracy_error
+from slicing.experiment.results import Point, Redundancy, Results
 from slicing.families import InputError
 from slicing.files import replacing
 from slicing.report.labels import accuracy_label, dense_labels, run_label, run_labels, text_label
@@ -24,6 +18,8 @@ from slicing.report.labels import accuracy_label, dense_labels, run_label, run_l
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Value = Literal["perplexity", "mean_accuracy"]  # what a panel shows
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, VERMILION, SKY = "#0072B2", "#D55E00", "#56B4E9"
@@ -52,7 +48,7 @@ def plot_redundancy(results: Results, path: str | Path) -> None:
     write_figure(lambda: redundancy_figure(results), path)
 
 
-def plot_layer_redundancy(redundancy: dict[str, Any], title: str, path: str | Path) -> None:
+def plot_layer_redundancy(redundancy: Redundancy, title: str, path: str | Path) -> None:
     """Write `layer_redundancy_figure` to a file whose kind is its ending's (.png, .pdf, .svg). InputError where that
     fails."""
     write_figure(lambda: layer_redundancy_figure(redundancy, title), path)
@@ -100,8 +96,8 @@ def sweep_figure(runs: Sequence[Results]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    values = ["perplexity"]
-    if any(point["mean_accuracy"] is not None for run in runs for point in run["points"]):
+    values: list[Value] = ["perplexity"]
+    if any(point.mean_accuracy is not None for run in runs for point in run.points):
         values.append("mean_accuracy")
     figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * len(values)), layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0])
@@ -118,7 +114,7 @@ def sweep_figure(runs: Sequence[Results]) -> "Figure":
     text = texts.pop() if len(texts) == 1 else "texts differ between runs"
     label = f"perplexity ({text})"
     panels[0].set_ylabel(label if len(label) <= PANEL_LINE else label.replace(" (", "\n(", 1))
-    heights = [point["perplexity"] for run in runs for point in run["points"]]
+    heights = [point.perplexity for run in runs for point in run.points]
     if heights and max(heights) > LOG_FROM * min(heights):
         logarithmic(panels[0], log_ticks(min(heights), max(heights)))
     if len(panels) > 1:
@@ -155,6 +151,11 @@ def logarithmic(axes: "Axes", ticks: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def height(point: Point, value: Value) -> float | None:
+    """Where a point stands in the panel of this value; None where it has none."""
+    return point.perplexity if value == "perplexity" else point.mean_accuracy
+
+
 def _style(index: int) -> tuple[str, str]:
     """Colour and marker of a run: 36 pairs, all different."""
     return COLOURS[index % 6], MARKERS[(index + index // 6) % 6]
@@ -167,8 +168,8 @@ def _dense_lines(runs: Sequence[Results]) -> list[tuple[Point, str, str]]:
     for index, run in enumerate(runs):
         point = dense_point(run)
         if point is not None:
-            accuracy = "" if point["mean_accuracy"] is None else f"{point['mean_accuracy']:.3f}"
-            same = (run["model"]["name"], text_label(run), f"{point['perplexity']:.4g}")
+            accuracy = "" if point.mean_accuracy is None else f"{point.mean_accuracy:.3f}"
+            same = (run.model.name, text_label(run), f"{point.perplexity:.4g}")
             found.setdefault((*same, accuracy), (index, point))
     with_tasks = {key[:-1] for key in found if key[-1]}
     found = {key: line for key, line in found.items() if key[-1] or key[:-1] not in with_tasks}
@@ -179,30 +180,31 @@ def _dense_lines(runs: Sequence[Results]) -> list[tuple[Point, str, str]]:
     ]
 
 
-def _draw_dense(axes: "Axes", point: Point, value: str, colour: str, label: str) -> None:
+def _draw_dense(axes: "Axes", point: Point, value: Value, colour: str, label: str) -> None:
     """A dotted line, with a band of one standard error around an accuracy."""
-    if point[value] is None:
+    level = height(point, value)
+    if level is None:
         return
-    axes.axhline(point[value], color=colour, linestyle=":", linewidth=1.4, label=label)
+    axes.axhline(level, color=colour, linestyle=":", linewidth=1.4, label=label)
     error = mean_accuracy_error(point) if value == "mean_accuracy" else None
     if error is not None:
-        axes.axhspan(point[value] - error, point[value] + error, color=colour, alpha=0.1, linewidth=0)
+        axes.axhspan(level - error, level + error, color=colour, alpha=0.1, linewidth=0)
 
 
-def _draw_run(axes: "Axes", run: Results, value: str, colour: str, marker: str, label: str) -> None:
+def _draw_run(axes: "Axes", run: Results, value: Value, colour: str, marker: str, label: str) -> None:
     """The curve of one run with its constant slicing as a dashed line, and its extra points."""
     constant = constant_point(run)
-    if constant is not None and constant[value] is not None:
-        axes.axhline(constant[value], color=colour, linestyle="--", linewidth=1)
+    if constant is not None and (level := height(constant, value)) is not None:
+        axes.axhline(level, color=colour, linestyle="--", linewidth=1)
     shapes = {"sweep": (marker, label, colour)} | {kind: (shape, None, "white") for kind, (shape, _) in EXTRA.items()}
     for kind, (shape, name, face) in shapes.items():
-        points = [point for point in run["points"] if point["kind"] == kind and point[value] is not None]
-        points.sort(key=lambda point: point["base"])
-        bars = [mean_accuracy_error(point) for point in points] if value == "mean_accuracy" else []
-        if points:
+        points = sorted((point for point in run.points if point.kind == kind), key=lambda point: point.base or 0.0)
+        levels = [(point, level) for point in points if (level := height(point, value)) is not None]
+        bars = [mean_accuracy_error(point) for point, _ in levels] if value == "mean_accuracy" else []
+        if levels:
             axes.errorbar(
-                [point["base"] for point in points],
-                [point[value] for point in points],
+                [point.base or 0.0 for point, _ in levels],
+                [level for _, level in levels],
                 yerr=[bar or 0.0 for bar in bars] or None,
                 color=colour,
                 marker=shape,
@@ -228,13 +230,13 @@ def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None
         handles.append(Line2D([], [], color=colour, linestyle="--", linewidth=1))
         labels.append("constant slicing (SB = SP)" + (", the right end of each curve" if len(runs) > 1 else ""))
     for kind, (shape, label) in EXTRA.items():
-        if any(point["kind"] == kind for run in runs for point in run["points"]):
+        if any(point.kind == kind for run in runs for point in run.points):
             size = 9 if shape == "*" else 5
             handles.append(
                 Line2D([], [], color=colour, marker=shape, markersize=size, markerfacecolor="white", linestyle="none")
             )
             labels.append(label)
-    if any(mean_accuracy_error(point) is not None for run in runs for point in run["points"]):
+    if any(mean_accuracy_error(point) is not None for run in runs for point in run.points):
         handles.append(Patch(color=GREY, alpha=0.2, linewidth=0))
         labels.append("bars and band: one standard error of the accuracy")
     labels = [textwrap.fill(label, LEGEND_LINE) for label in labels]
@@ -244,8 +246,8 @@ def _add_legend(figure: "Figure", axes: "Axes", runs: Sequence[Results]) -> None
 
 
 @own_settings()
-def layer_redundancy_figure(redundancy: dict[str, Any], title: str) -> "Figure":
-    """LR by layer; `redundancy` as in results.json."""
+def layer_redundancy_figure(redundancy: Redundancy, title: str) -> "Figure":
+    """LR by layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -254,20 +256,20 @@ def layer_redundancy_figure(redundancy: dict[str, Any], title: str) -> "Figure":
     _draw_redundancy(axes, redundancy)
     axes.set_title(textwrap.fill(title, 72), fontsize=10)
     axes.set_xlabel("decoder layer")
-    axes.set_xlim(-0.5, len(redundancy["normalised"]) - 0.5)
+    axes.set_xlim(-0.5, len(redundancy.normalised) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     return figure
 
 
-def _draw_redundancy(axes: "Axes", redundancy: dict[str, Any]) -> None:
+def _draw_redundancy(axes: "Axes", redundancy: Redundancy) -> None:
     """Bars of LR, with one standard error where it was measured and the layers differ."""
     errors = None
-    if redundancy["cosine"] is not None and redundancy["stderr"] is not None:
-        spread = max(redundancy["cosine"]) - min(redundancy["cosine"])
-        errors = [error / spread for error in redundancy["stderr"]] if spread > 0 else None
-    values = redundancy["normalised"]
+    if redundancy.cosine is not None and redundancy.stderr is not None:
+        spread = max(redundancy.cosine) - min(redundancy.cosine)
+        errors = [error / spread for error in redundancy.stderr] if spread > 0 else None
+    values = redundancy.normalised
     axes.bar(range(len(values)), values, color=SKY, yerr=errors, ecolor=GREY, capsize=2)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("layer redundancy LR")
@@ -283,7 +285,7 @@ def redundancy_figure(results: Results) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    redundancy, layers, hidden_size = results["redundancy"], results["model"]["layers"], results["model"]["hidden_size"]
+    redundancy, layers, hidden_size = results.redundancy, results.model.layers, results.model.hidden_size
     if redundancy is None:
         raise InputError("the run has no layer redundancy, since nothing was sliced: there is nothing to draw")
     figure = Figure(figsize=(WIDTH, 5), layout="constrained")
@@ -298,7 +300,7 @@ def redundancy_figure(results: Results) -> "Figure":
     bottom.axhline(hidden_size, color="black", linestyle=":", linewidth=1.4, label=f"dense, D = {hidden_size:,}")
     if constant is not None:
         bottom.stairs(
-            constant["widths"],
+            constant.widths,
             edges,
             baseline=None,
             color=VERMILION,
@@ -307,8 +309,8 @@ def redundancy_figure(results: Results) -> "Figure":
             label="constant",
         )
     if best is not None:
-        label = f"dynamic, SB = {best['base']:.3g} (lowest perplexity)"
-        bottom.stairs(best["widths"], edges, baseline=None, color=BLUE, linewidth=1.8, label=label)
+        label = f"dynamic, SB = {best.base:.3g} (lowest perplexity)"
+        bottom.stairs(best.widths, edges, baseline=None, color=BLUE, linewidth=1.8, label=label)
     bottom.set_ylim(0, 1.08 * hidden_size)
     bottom.set_xlim(edges[0], edges[-1])
     bottom.set_ylabel("width (hidden size kept)")

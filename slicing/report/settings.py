@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slicing.experiment.names import text_name
-from slicing.experiment.results import Results
+from slicing.experiment.results import Results, Text
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,26 @@ class Setting:
 
     def label(self, run: Results) -> str:
         """The value in words."""
-        if self.name == "calibration_text" and self.value(run) == run["data"]["perplexity"]["source"]:
+        if self.name == "calibration_text" and self.value(run) == run.data.perplexity.source:
             return "calibrated on its own text"
         return self.words.format(shown_value(self, run))
 
 
-def _argument(name: str, needs: str) -> Callable[[Results], Any]:
-    """An option of a run, where it has what the option is of."""
-    return lambda run: run["arguments"].get(name) if run.get(needs) else None
+def _calibration(value: Callable[[Text], Any]) -> Callable[[Results], Any]:
+    return lambda run: None if run.data.calibration is None else value(run.data.calibration)
 
 
-def _calibration(name: str) -> Callable[[Results], Any]:
-    return lambda run: None if run["data"]["calibration"] is None else run["data"]["calibration"][name]
+def _round_interval(run: Results) -> Any:
+    return run.arguments.get("round_interval") if run.redundancy else None
+
+
+def _limit(run: Results) -> Any:
+    return run.arguments.get("accuracy_limit") if run.tasks else None
 
 
 def shots(run: Results) -> str | None:
     """Examples in the prompt of the run's tasks: a number, or one for each task; None without tasks."""
-    found = {name: task["shots"] for name, task in run.get("tasks", {}).items()}
+    found = {name: task.shots for name, task in run.tasks.items()}
     if not found:
         return None
     if len(set(found.values())) == 1:
@@ -51,15 +54,15 @@ def _number(count: int | None) -> str:
 
 
 SETTINGS = (
-    Setting("calibration_text", "calibrated on {}", _calibration("source")),
-    Setting("calibration_samples", "{} calibration windows", _calibration("windows")),
-    Setting("calibration_length", "calibration windows of {}", _calibration("length")),
-    Setting("round_interval", "multiples of {}", _argument("round_interval", "redundancy")),
-    Setting("dtype", "{}", lambda run: run["model"]["dtype"]),
-    Setting("device", "{}", lambda run: run["device"]),
-    Setting("windows", "{} windows", lambda run: run["data"]["perplexity"]["windows"]),
-    Setting("window_length", "windows of {}", lambda run: run["data"]["perplexity"]["length"]),
-    Setting("limit", "{} documents a task", _argument("accuracy_limit", "tasks")),
+    Setting("calibration_text", "calibrated on {}", _calibration(lambda text: text.source)),
+    Setting("calibration_samples", "{} calibration windows", _calibration(lambda text: text.windows)),
+    Setting("calibration_length", "calibration windows of {}", _calibration(lambda text: text.length)),
+    Setting("round_interval", "multiples of {}", _round_interval),
+    Setting("dtype", "{}", lambda run: run.model.dtype),
+    Setting("device", "{}", lambda run: run.device),
+    Setting("windows", "{} windows", lambda run: run.data.perplexity.windows),
+    Setting("window_length", "windows of {}", lambda run: run.data.perplexity.length),
+    Setting("limit", "{} documents a task", _limit),
     Setting("shots", "{} shots", shots),
 )
 
@@ -77,7 +80,7 @@ def differing(runs: Sequence[Results]) -> list[Setting]:
 def shown_value(setting: Setting, run: Results) -> str:
     """For a cell."""
     value = setting.value(run)
-    if setting.name == "limit" and run.get("tasks"):
+    if setting.name == "limit" and run.tasks:
         return "all" if value is None else str(value)
     if value is None:
         return "-"

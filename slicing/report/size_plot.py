@@ -4,18 +4,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slicing.experiment.results import (
-    Point,
-    Results,
+from msgspec.structs import replace
+
+from slicing.experiment.comparison import (
     best_dynamic_point,
     constant_point,
     dense_point,
     mean_accuracy_error,
     paired_standard_error,
 )
+from slicing.experiment.results import Point, Results
 from slicing.report.labels import accuracy_label, model_name, run_label, text_label
-from slicing.report.plots import COLOURS, LOG_FROM, WIDTH, log_ticks, logarithmic, own_settings, write_figure
-from slicing.report.seeds import is_pooled
+from slicing.report.plots import (
+    COLOURS,
+    LOG_FROM,
+    WIDTH,
+    Value,
+    height,
+    log_ticks,
+    logarithmic,
+    own_settings,
+    write_figure,
+)
+from slicing.report.seeds import PooledPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +56,13 @@ def size_curves(runs: Sequence[Results]) -> list[Curve]:
         for word, point in (("constant", constant), ("dynamic, best SB", best)):
             if point is not None:
                 found.setdefault(f"{_way(run)}, {word}", []).append((point, run))
-    return [(label, sorted(points, key=lambda pair: -pair[0]["parameters"])) for label, points in found.items()]
+    return [(label, sorted(points, key=lambda pair: -pair[0].parameters)) for label, points in found.items()]
 
 
 def _way(run: Results) -> str:
     """The run's label without its mean: what the runs of one curve have in common."""
-    points = [point | {"mean": 0.0} if point["kind"] == "sweep" else point for point in run["points"]]
-    return run_label(run | {"points": points}).replace(", SP = 0", "", 1)
+    points = [replace(point, mean=0.0) if point.kind == "sweep" else point for point in run.points]
+    return run_label(replace(run, points=points)).replace(", SP = 0", "", 1)
 
 
 @own_settings()
@@ -63,8 +74,8 @@ def size_figure(runs: Sequence[Results]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    values = ["perplexity"]
-    if any(point["mean_accuracy"] is not None for run in runs for point in run["points"]):
+    values: list[Value] = ["perplexity"]
+    if any(point.mean_accuracy is not None for run in runs for point in run.points):
         values.append("mean_accuracy")
     figure = Figure(figsize=(WIDTH, 0.5 + 2.6 * len(values)), layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0])
@@ -73,8 +84,8 @@ def size_figure(runs: Sequence[Results]) -> "Figure":
         axes.grid(alpha=0.3)
     texts = {text_label(run) for run in runs}
     panels[0].set_ylabel(f"perplexity\n({texts.pop() if len(texts) == 1 else 'texts differ between runs'})")
-    heights = [point["perplexity"] for _, points in size_curves(runs) for point, _ in points]
-    heights += [point["perplexity"] for run in runs if (point := dense_point(run)) is not None]
+    heights = [point.perplexity for _, points in size_curves(runs) for point, _ in points]
+    heights += [point.perplexity for run in runs if (point := dense_point(run)) is not None]
     if max(heights) > LOG_FROM * min(heights):
         logarithmic(panels[0], log_ticks(min(heights), max(heights)))
     if len(panels) > 1:
@@ -85,18 +96,18 @@ def size_figure(runs: Sequence[Results]) -> "Figure":
     return figure
 
 
-def _draw(axes: "Axes", runs: Sequence[Results], value: str) -> None:
+def _draw(axes: "Axes", runs: Sequence[Results], value: Value) -> None:
     """All curves of one panel; constant and dynamic of one way in one colour."""
     colours: dict[str, str] = {}
     for run in runs:
         colours.setdefault(_way(run), COLOURS[len(colours) % len(COLOURS)])
     for label, points in size_curves(runs):
-        drawn = [(point, run) for point, run in points if point[value] is not None]
+        drawn = [(*pair, level) for pair in points if (level := height(pair[0], value)) is not None]
         is_constant = label.endswith(", constant")
-        bars = [_error(point, run, value) or 0.0 for point, run in drawn]
+        bars = [_error(point, run, value) or 0.0 for point, run, _ in drawn]
         axes.errorbar(
-            [point["parameters"] / 1e6 for point, _ in drawn],
-            [point[value] for point, _ in drawn],
+            [point.parameters / 1e6 for point, _, _ in drawn],
+            [level for _, _, level in drawn],
             yerr=bars if any(bars) else None,
             color=colours[_way(points[0][1])],
             marker="s" if is_constant else "o",
@@ -108,15 +119,15 @@ def _draw(axes: "Axes", runs: Sequence[Results], value: str) -> None:
             capsize=2,
             label=label,
         )
-    stars: dict[str, Point] = {}
+    stars: dict[str, tuple[int, float]] = {}
     for run in runs:
         dense = dense_point(run)
-        if dense is not None and dense[value] is not None:
-            stars.setdefault(f"{model_name(run)}, dense", dense)
-    for label, point in stars.items():
+        if dense is not None and (level := height(dense, value)) is not None:
+            stars.setdefault(f"{model_name(run)}, dense", (dense.parameters, level))
+    for label, (parameters, level) in stars.items():
         axes.plot(
-            point["parameters"] / 1e6,
-            point[value],
+            parameters / 1e6,
+            level,
             marker="*",
             markersize=11,
             color="black",
@@ -125,13 +136,12 @@ def _draw(axes: "Axes", runs: Sequence[Results], value: str) -> None:
         )
 
 
-def _error(point: Point, run: Results, value: str) -> float | None:
+def _error(point: Point, run: Results, value: Value) -> float | None:
     """Half the length of a bar."""
-    if is_pooled(point):
-        error: float | None = point["perplexity_sd" if value == "perplexity" else "accuracy_sd"]
-        return error
+    if isinstance(point, PooledPoint):
+        return point.perplexity_sd if value == "perplexity" else point.accuracy_sd
     if value == "mean_accuracy":
         return mean_accuracy_error(point)
     dense = dense_point(run)
-    paired = None if dense is None else paired_standard_error(point["nll"], dense["nll"])
-    return None if paired is None else paired * float(point["perplexity"])
+    paired = None if dense is None else paired_standard_error(point.nll, dense.nll)
+    return None if paired is None else paired * point.perplexity

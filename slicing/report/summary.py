@@ -3,14 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from slicing.experiment.results import (
-    Point,
-    Results,
-    best_dynamic_point,
-    compare,
-    constant_point,
-    paired_standard_error,
-)
+from slicing.experiment.comparison import best_dynamic_point, compare, constant_point, paired_standard_error
+from slicing.experiment.results import Point, Results
 from slicing.report.columns import change_text, mean_of, millions, perplexity_text
 
 SIZE_TOLERANCE = 5e-4  # models whose parameter counts differ by less are of equal size
@@ -23,15 +17,15 @@ def equal_size_summary(results: Results) -> list[str]:
     if constant is None:
         return []
     if best is None:
-        return ["The search found no slice base better than constant slicing."] if results["search"] else []
-    lines = [f"Best dynamic point: SB {best['base']:.3f}. {_against('constant slicing', best, constant)}"]
-    equal = next((point for point in results["points"] if point["kind"] == "equal-parameters"), None)
-    size = best["parameters"] / constant["parameters"] - 1
+        return ["The search found no slice base better than constant slicing."] if results.search else []
+    lines = [f"Best dynamic point: SB {best.base:.3f}. {_against('constant slicing', best, constant)}"]
+    equal = next((point for point in results.points if point.kind == "equal-parameters"), None)
+    size = best.parameters / constant.parameters - 1
     if equal is not None:
-        name = f"constant slicing of mean {equal['mean']:.4f}"
+        name = f"constant slicing of mean {equal.mean:.4f}"
         lines.append(f"At equal size: {_against(name, best, equal)}")
-        gain = math.log(constant["perplexity"] / best["perplexity"])
-        left = math.log(equal["perplexity"] / best["perplexity"])
+        gain = math.log(constant.perplexity / best.perplexity)
+        left = math.log(equal.perplexity / best.perplexity)
         if not (_can_be_told(best, constant) and _can_be_told(best, equal)):
             lines.append(
                 "No share of a gain is given: a difference within two paired standard errors can't be told from none."
@@ -52,8 +46,8 @@ def equal_size_summary(results: Results) -> list[str]:
 
 def _can_be_told(point: Point, reference: Point) -> bool:
     """Whether the difference in log perplexity is more than two of its standard errors, or these are not known."""
-    error = paired_standard_error(point["nll"], reference["nll"])
-    return error is None or abs(math.log(point["perplexity"] / reference["perplexity"])) > 2 * error
+    error = paired_standard_error(point.nll, reference.nll)
+    return error is None or abs(math.log(point.perplexity / reference.perplexity)) > 2 * error
 
 
 def _against(name: str, point: Point, reference: Point) -> str:
@@ -62,8 +56,8 @@ def _against(name: str, point: Point, reference: Point) -> str:
     if not _can_be_told(point, reference):
         paired += ": no difference can be told"
     return (
-        f"Perplexity {perplexity_text(point['perplexity'])} with {millions(point['parameters'])} parameters against"
-        f" {perplexity_text(reference['perplexity'])} with {millions(reference['parameters'])} for {name}"
+        f"Perplexity {perplexity_text(point.perplexity)} with {millions(point.parameters)} parameters against"
+        f" {perplexity_text(reference.perplexity)} with {millions(reference.parameters)} for {name}"
         f" ({change_text(change)}{paired})."
     )
 

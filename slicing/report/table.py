@@ -126,9 +126,9 @@ def write_files(runs: Sequence[Results], folder: Path) -> None:
     """Write results.csv; if something was sliced, sweep.png; for a single run with layer redundancy, redundancy.png;
     for several, size.png. InputError, when all that can be is written, if one of them can't."""
     tasks: list[Callable[[], None]] = [lambda: write_csv(runs, folder / "results.csv")]
-    if any(point["widths"] is not None for run in runs for point in run["points"]):
+    if any(point.widths is not None for run in runs for point in run.points):
         tasks.append(lambda: plot_sweep(runs, folder / "sweep.png"))
-    if len(runs) == 1 and runs[0]["redundancy"] is not None:
+    if len(runs) == 1 and runs[0].redundancy is not None:
         tasks.append(lambda: plot_redundancy(runs[0], folder / "redundancy.png"))
     if has_sizes(runs):
         tasks.append(lambda: plot_size(runs, folder / "size.png"))

@@ -20,7 +20,7 @@ import torch
 import slicing
 from slicing import bases
 from slicing.bases import Bases, dense_bases
-from slicing.experiment.results import paired_standard_error
+from slicing.experiment.comparison import paired_standard_error
 from slicing.likelihood import window_nll
 from slicing.rotation import rotate_and_slice, slice_with_bases
 from slicing.tasks import evaluate_tasks, resolve_tasks
@@ -84,7 +84,10 @@ class Study:
         scores: dict[str, Any] = {}
         if tasks and self.tasks is not None:
             found = evaluate_tasks(model, self.tokenizer, self.tasks, limit=self.options.limit, progress=False)
-            scores = {task: {key: score[key] for key in ("metric", "value", "stderr")} for task, score in found.items()}
+            scores = {
+                task: {key: getattr(score, key) for key in ("metric", "value", "stderr")}
+                for task, score in found.items()
+            }
         cut = 1 - slicing.count_parameters(model) / self.parameters
         row = {"name": name, "cut": cut, "perplexity": nll.mean().exp().item(), "nll": nll.tolist(), "tasks": scores}
         print(f"{name:50s} cut {cut:7.3%}  perplexity {row['perplexity']:8.3f}", scores, file=sys.stderr, flush=True)

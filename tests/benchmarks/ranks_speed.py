@@ -100,7 +100,7 @@ def _table(folder: Path) -> dict[str, Any]:
     for count in sorted(seconds):
         ratio = seconds[count] / seconds[1] if 1 in seconds else None
         difference = _difference(results[count], results[1]) if 1 in seconds else None
-        points = len(results[count]["points"])
+        points = len(results[count].points)
         shown = "-" if difference is None else f"{difference:.3g}"
         table.row(str(count), str(points), seconds[count], ratio, shown)
         found[str(count)] = {"seconds": seconds[count], "ratio": ratio, "points": points, "difference": difference}
@@ -109,8 +109,8 @@ def _table(folder: Path) -> dict[str, Any]:
 
 def _difference(results: Results, reference: Results) -> float:
     """Of the windows' mean negative log likelihoods, over all points."""
-    pairs = zip(results["points"], reference["points"], strict=True)
-    return max(abs(a - b) for one, other in pairs for a, b in zip(one["nll"], other["nll"], strict=True))
+    pairs = zip(results.points, reference.points, strict=True)
+    return max(abs(a - b) for one, other in pairs for a, b in zip(one.nll, other.nll, strict=True))
 
 
 if __name__ == "__main__":
