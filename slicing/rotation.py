@@ -26,6 +26,8 @@ from slicing.progress import Progress, counted
 from slicing.refit import ClosedForm, check_tokens
 from slicing.weights import LayerPlan, LayerWriter, fill, gained_biases
 
+_STD = 0.02  # of random weights: activations stay finite
+
 
 @torch.no_grad()
 def rotate_and_slice(
@@ -176,6 +178,34 @@ def sliced_parameters(
     config.inner_widths = inner_widths
     with torch.device("meta"):
         return count_parameters(SlicedForCausalLM(config))
+
+
+@torch.no_grad()
+def random_sliced(
+    model: PreTrainedModel,
+    widths: list[int],
+    *,
+    rotations: int = 2,
+    inner_widths: list[int] | None = None,
+    seed: int = 0,
+) -> SlicedForCausalLM:
+    """A model with the shapes, dtype and device of the sliced one, and random weights: how fast it is depends on its
+    shapes alone, and it needs no calibration. The global random state is left as it was."""
+    config = _sliced_config(model, find_family(model.config), widths, rotations)
+    config.inner_widths = inner_widths
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with model.device, torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            sliced = SlicedForCausalLM(config)
+            for parameter in sliced.parameters():
+                if parameter.ndim > 1:  # norms keep their weights of 1
+                    parameter.normal_(std=_STD)
+    finally:
+        torch.set_default_dtype(before)
+    sliced.eval()
+    return sliced
 
 
 def _sliced_config(model: PreTrainedModel, family: Family, widths: list[int], rotations: int) -> SlicedConfig:

@@ -37,7 +37,7 @@ from slicing.likelihood import perplexity
 from slicing.modeling import SlicedForCausalLM, SlicedLayer, count_parameters
 from slicing.parts import input_axis, matrix, part
 from slicing.pca import Covariance
-from slicing.rotation import rotate_and_slice, slice_with_bases, sliced_parameters
+from slicing.rotation import random_sliced, rotate_and_slice, slice_with_bases, sliced_parameters
 
 RANK = 20
 # r everywhere, and a mixture with larger widths, by whether the table is tied
@@ -192,6 +192,24 @@ def test_full_widths_change_nothing(case, tied):
     storage = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert {name: parameter.data_ptr() for name, parameter in sliced.named_parameters()} == storage
     assert count_parameters(sliced) == count_parameters(model)
+
+
+@every_case
+def test_a_random_sliced_model_has_the_shapes_and_dtypes_of_the_sliced_one_and_runs(case):
+    model = random_model(case, dtype=torch.float32)
+    state = torch.get_rng_state()
+    found = random_sliced(model, NARROW, rotations=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    wanted = rotate_and_slice(model, windows(), NARROW, rotations=1)
+    shapes = [{name: (one.shape, one.dtype) for name, one in each.named_parameters()} for each in (found, wanted)]
+    assert shapes[0] == shapes[1]
+    assert logits(found, windows(2)).isfinite().all()
+
+
+def test_a_random_sliced_model_has_the_inner_widths_too():
+    inner = [INNER, 24, 40]
+    model = random_sliced(random_model("llama"), [HIDDEN] * 3, inner_widths=inner)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == inner
 
 
 @pytest.mark.parametrize("case", sorted(PARALLEL))

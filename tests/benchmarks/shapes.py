@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slicing.families import InputError
-from slicing.modeling import SlicedConfig, SlicedForCausalLM
 from slicing.schedule import final_slices, normalise, slice_widths
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -151,15 +150,6 @@ def random_model(options: ModelOptions, **changes: Any) -> PreTrainedModel:
     with options.torch_device, _default_dtype(options.torch_dtype):
         model = AutoModelForCausalLM.from_config(config, dtype=options.torch_dtype)
     return _drawn(model)
-
-
-def random_sliced_model(model: PreTrainedModel, widths: list[int], rotations: int) -> SlicedForCausalLM:
-    """A sliced model with the shape, dtype and device of a dense one and random weights of its own: the widths alone
-    say how fast it is, so it needs no calibration."""
-    config = SlicedConfig.of(model.config, widths=widths, rotations=rotations, dtype=model.dtype)
-    with model.device, _default_dtype(model.dtype):
-        sliced = SlicedForCausalLM(config)
-    return _drawn(sliced)
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import ModelOptions, option, parse, random_model, random_sliced_model, random_windows, widths_of
+from shapes import ModelOptions, option, parse, random_model, random_windows, widths_of
 from timing import Table, machine, print_heading
 from transformers import PreTrainedModel
 
 from slicing.families import InputError
 from slicing.files import write_json
 from slicing.modeling import count_parameters
+from slicing.rotation import random_sliced
 from slicing.speed import WARM_UP_STEPS, Work, decoding, median_speeds, prefill, take_turns
 
 VECTORS = ("constant", "published")
@@ -79,7 +80,7 @@ def _compare(options: Options, model: PreTrainedModel, graphs: bool) -> list[dic
         options.cuts, options.vectors, options.round_intervals, options.rotations
     ):
         widths = widths_of(model.config, cut, cut if vector == "constant" else 0.0, multiple)
-        sliced_model = random_sliced_model(model, widths, rotations)
+        sliced_model = random_sliced(model, widths, rotations=rotations, seed=options.seed)
         sliced = _works(sliced_model, options, graphs)
         kept = count_parameters(sliced_model) / dense_parameters
         speeds = [_compared(model.device, *works, options.repeats) for works in zip(dense, sliced, strict=True)]
