@@ -48,7 +48,10 @@ def check_names(model: PreTrainedModel, family: Family) -> None:
             here = transformers.__version__
             why = "" if here.startswith(ROWS_OF) else f"; the row is for Transformers {ROWS_OF}, this is {here}"
             if not type(layer).__module__.startswith("transformers.models."):
-                why = "; the layer is code of its own, not Transformers'"
+                why = (
+                    f"; the layer is code of its own: if it computes what Transformers' own {model.config.model_type}"
+                    " does, convert the weights to the names that this has, and load them without --trust-remote-code"
+                )
             raise InputError(
                 f"can't slice this {model.config.model_type!r} model: layer {index}: {error}{why}"
             ) from None

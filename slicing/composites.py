@@ -16,7 +16,9 @@ _SAME_ON_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_text": ("qwen3", {}),
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
     "glm4v_text": ("glm4", {}),
+    "emu3_text_model": ("llama", {}),
 }
+_WHOLE = ("emu3", "fuyu")  # the class that is called their causal LM is the composite's
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")  # among the rope parameters
 
 
@@ -31,7 +33,8 @@ def text_model(config: "PretrainedConfig") -> "PretrainedConfig | None":
         return None
     family, fixed = _SAME_ON_TEXT.get(text.model_type, (text.model_type, {}))
     own, by_itself = CLASSES.get(config.model_type), CLASSES.get(family)
-    if by_itself is None or not (own is None or own == by_itself or own.endswith("ForConditionalGeneration")):
+    whole = own is None or own.endswith("ForConditionalGeneration") or config.model_type in _WHOLE
+    if by_itself is None or not (whole or own == by_itself):
         return None
     fields = text.to_dict() | fixed
     if family != text.model_type:

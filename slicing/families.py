@@ -456,7 +456,6 @@ REFUSED: dict[str, str] = {
         _NORM_OF_SUM: "openai-gpt xlnet git trocr",
         _ENCODER: "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta"
         " roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod",
-        _COMPOSITE: "emu3 fuyu mllama",
         _STREAMS: "deepseek_v4 hy_v4 gemma3n gemma3n_text qwen4_exp qwen4_exp_text",
         _AXES: "axk2 inkling_text rwkv",
         _STATES: "blt gemma4_assistant gemma4_unified_assistant inkling2_text inkling2_loop_text reformer zamba zamba2",
@@ -465,6 +464,7 @@ REFUSED: dict[str, str] = {
         "its residual is the normalised stream": "minimax dory",
         "its layers run in loops": "hrm_text",
         "its experts norm what they write themselves, which slicing does not handle yet": "axk1",
+        "its text model has layers that read pictures by cross-attention": "mllama",
         "it scales stream and branch by the layer's index, which slicing does not handle yet": "beam",
         "two mixers read one norm, which slicing does not handle yet": "falcon_h1",
         "its attention has experts, which slicing does not handle yet": "jetmoe",
@@ -488,7 +488,8 @@ def find_family(config: Any) -> Family:
         raise InputError(f"can't slice {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         composite = hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config
-        why = _COMPOSITE if composite else f"it is none of the {len(FAMILIES)} model types in families.py"
+        known = f"it is none of the {len(FAMILIES)} model types in families.py; if it computes what one of them does,"
+        why = _COMPOSITE if composite else f"{known} convert it to that type"
         raise InputError(f"can't slice {model_type!r}: {why}")
     family = FAMILIES[model_type]
     if reason := family.refuse(config):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import relative_error
-from tiny_runs import write_model
+from tiny_runs import write_model, write_text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice
+import calculate_LR
+import mean_cut_accuracy_experiments as sweep
+from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.composites import text_model
+from slicing.experiment.results import read_results
 from slicing.families import InputError
 from slicing.loading import load_config
 
@@ -68,6 +71,15 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 8}, {}),
     "internvl": ("qwen2", {"model_type": "qwen2"}, {"image_size": [28, 28], "patch_size": [14, 14]}),
     "llava": ("llama", {"model_type": "llama"}, {"model_type": "clip_vision_model"}),
+    "fuyu": ("persimmon", {"model_type": "persimmon"}, {}),
+    "emu3": ("llama", {}, {}),
+}
+_WHOLE: dict[str, dict[str, Any]] = {  # settings beside both parts
+    "fuyu": {"patch_size": 2},
+    "emu3": {
+        "vq_config": {"base_channels": 32, "num_res_blocks": 1, "codebook_size": 8, "hidden_size": 32},
+        "vocabulary_map": {"<image>": 300} | {f"<|visual token {index:06d}|>": 290 + index for index in range(8)},
+    },
 }
 KNOWN = [name for name in COMPOSITES if name in CONFIG_MAPPING]
 every_composite = pytest.mark.parametrize("model_type", KNOWN)
@@ -89,9 +101,10 @@ def composite(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Calla
         if model_type not in made:
             _, text, eyes = COMPOSITES[model_type]
             tied = model_type in ("gemma3", "qwen2_vl")
-            config = AutoConfig.for_model(
-                model_type, text_config=_TEXT | text, vision_config=_EYES | eyes, tie_word_embeddings=tied
-            )
+            whole = {"text_config": _TEXT | text, "tie_word_embeddings": tied, **_WHOLE.get(model_type, {})}
+            if model_type not in _WHOLE:
+                whole["vision_config"] = _EYES | eyes
+            config = AutoConfig.for_model(model_type, **whole)
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float32, experts_implementation="eager"
@@ -141,6 +154,32 @@ def test_the_text_model_gives_the_logits_of_the_whole_and_is_sliced_and_saved_as
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager", trust_remote_code=True)
     assert loaded.config.dense_model_type == family
     assert relative_error(logits(loaded.eval()), logits(sliced)) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "llava"])
+def test_both_scripts_take_a_composite_and_what_they_save_opens_as_its_text_model(
+    model_type, composite, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, _ = composite(model_type)
+    text = write_text(tmp_path / "text", train=600, validation=300, test=320)
+    common = ["--dataset", text, "--quiet"]
+    lengths = ["--samples", "6", "--max-seq-len", "16", "--stride", "16", "--device", "cpu"]
+    assert calculate_LR.main([str(folder), *common, *lengths, "--output", str(tmp_path / "lr.json")]) == 0
+    given = ["--model", str(folder), "--vector-cut", str(tmp_path / "lr.json"), "--mean", "0.3", "--step", "0.3"]
+    lengths = ["--calibration-samples", "8", "--calibration-length", "16", "--perplexity-length", "16"]
+    given += [*lengths, "--cuda-device", "cpu", "--save-model", "all", "--output-dir", str(tmp_path / "results")]
+    assert sweep.main([*given, *common]) == 0
+    (run,) = (tmp_path / "results").iterdir()
+    points = read_results(run).points
+    assert [point.kind for point in points] == ["dense", "sweep", "sweep"]
+    saved = sorted((run / "models").iterdir())
+    assert len(saved) == 2
+    test = token_windows(text, AutoTokenizer.from_pretrained(folder), split="test", length=16)
+    for place, point in zip(saved, reversed(points[1:]), strict=True):
+        loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        assert loaded.config.dense_model_type == COMPOSITES[model_type][0]
+        assert perplexity(loaded, test, progress=False) == pytest.approx(point.perplexity, rel=1e-5)
 
 
 def test_a_checkpoint_with_newer_names_is_read_too(composite, tmp_path):
