@@ -13,7 +13,7 @@ from typing import Any
 
 from slicing import InputError, flags
 from slicing.command_line import Screen, check_output, exit_code
-from slicing.experiment.options import check_positions
+from slicing.experiment.inputs import check_positions
 from slicing.flags import flag
 
 
@@ -102,8 +102,8 @@ def measure(options: Options) -> None:
     from msgspec.structs import replace
 
     from slicing.devices import must_offload, on_devices
-    from slicing.experiment.identity import text_entry
     from slicing.experiment.results import VectorFile
+    from slicing.experiment.windows import Windows
     from slicing.files import write_json
     from slicing.redundancy import layer_redundancy
     from slicing.structure import as_json, from_json
@@ -117,7 +117,7 @@ def measure(options: Options) -> None:
     screen.show(redundancy.line())
     found = from_json(redundancy.as_dict(), VectorFile)
     if options.output:
-        data = text_entry(options.dataset, options.split, windows)
+        data = Windows(options.dataset, options.split, windows).entry()
         written = replace(found, arguments=asdict(options), data=data)
         write_json(Path(options.output), as_json(written))
     if options.plot:

@@ -67,19 +67,19 @@ def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
             show_again(*finished, options, screen)
             return finished[1]
 
-    from slicing.experiment.options import check
+    from slicing.experiment.checks import check
 
-    checked = check(options)
+    inputs = check(options)
     if ranks.first:
-        for note in checked.notes:
+        for note in inputs.notes:
             print(f"note: {note}", file=sys.stderr)
 
     from slicing.experiment.sweep import Experiment
     from slicing.report.model_card import write_card
     from slicing.report.table import equal_size_summary, format_row, header, write_files
 
-    experiment = Experiment(checked, ranks)
-    tasks = checked.tasks.loaded.reported if checked.tasks else []
+    experiment = Experiment(inputs, ranks)
+    tasks = inputs.tasks.loaded.reported if inputs.tasks else []
 
     def print_row(point: "Point", results: "Results") -> None:
         if point.kind == "dense":
@@ -91,7 +91,7 @@ def run(options: Options, ranks: "Ranks", screen: Screen) -> "Results":
         for line in equal_size_summary(results):
             screen.show(line)
         write_files([results], experiment.folder.folder)
-        write_stamp(experiment.folder.folder, options, checked)
+        write_stamp(experiment.folder.folder, inputs)
         if not options.quiet:
             print(f"results, csv and plots: {experiment.folder.folder}", file=sys.stderr)
     return results

@@ -26,13 +26,17 @@ from transformers import PreTrainedModel
 import calculate_LR
 import mean_cut_accuracy_experiments as script
 import slicing.experiment.measure
+import slicing.experiment.slicer
 from slicing import count_parameters, load_model, perplexity, rotate_and_slice, token_windows
-from slicing.experiment.measure import Bench
+from slicing.experiment.checks import check
+from slicing.experiment.keys import Keys
+from slicing.experiment.measure import Measurement
 from slicing.experiment.names import run_name
-from slicing.experiment.options import Options, check
+from slicing.experiment.options import Options
 from slicing.experiment.repeat import STAMP
 from slicing.experiment.results import Point, Results, read_results
-from slicing.experiment.store import RunFolder, is_saved_model
+from slicing.experiment.run_folder import RunFolder
+from slicing.experiment.saving import is_saved_model
 from slicing.report.table import equal_size_summary
 from slicing.rotation import sliced_parameters
 
@@ -53,13 +57,13 @@ def finished(runs: Runs) -> tuple[Path, Results]:
 def measured(monkeypatch) -> list[str]:
     """Kinds of the points that this test measures, in order."""
     kinds: list[str] = []
-    measure = Bench.point
+    measure = Measurement.point
 
-    def counted(bench, target, key):
+    def counted(measurement, target, key):
         kinds.append(target.kind)
-        return measure(bench, target, key)
+        return measure(measurement, target, key)
 
-    monkeypatch.setattr(Bench, "point", counted)
+    monkeypatch.setattr(Measurement, "point", counted)
     return kinds
 
 
@@ -92,8 +96,8 @@ def test_a_sweep_of_mean_03_and_step_002_has_the_dense_model_then_constant_slici
 
 
 def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(runs, monkeypatch):
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_LENGTH", 32)
     found = [runs.run(f"again{i}", "--source-for-vector", runs.text)[1] for i in (0, 1)]
     assert comparable(found[0]) == comparable(found[1])
     assert found[0].redundancy.cosine is not None
@@ -168,9 +172,10 @@ def test_points_stay_when_a_comparison_or_models_are_asked_for_later(runs, measu
 
 
 def keys(options: Options) -> set[str]:
-    checked = check(options)
-    bench = Bench(checked, torch.device("cpu"), progress=False)
-    return {bench.point_key(target) for target in checked.targets(checked.vector)}
+    inputs = check(options)
+    model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
+    by = Keys(inputs, model, tokenizer, torch.device("cpu"))
+    return {by.point(target) for target in inputs.plan.targets(inputs.vector)}
 
 
 @pytest.fixture(scope="module")
@@ -572,15 +577,15 @@ def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calib
     runs, measured, monkeypatch
 ):
     tried = []
-    search = Bench.perplexity
+    search = Measurement.perplexity
 
-    def trial(bench: Bench, target, windows):
-        assert torch.equal(windows, bench.checked.validation_windows)
+    def trial(measurement: Measurement, target, windows):
+        assert (windows.split, windows.key) == ("validation", measurement.inputs.validation.key)
         assert target.calibration == "once"
         tried.append(target.base)
-        return search(bench, target, windows)
+        return search(measurement, target, windows)
 
-    monkeypatch.setattr(Bench, "perplexity", trial)
+    monkeypatch.setattr(Measurement, "perplexity", trial)
     more = ("--find-base", "--compare", "equal-parameters", "--round-interval", "2")
     _, results = runs.run("search", *more, plots=True)
     best = min(results.search.trials, key=lambda found: found.perplexity)
@@ -603,7 +608,7 @@ def test_find_base_looks_on_the_validation_split_alone_and_confirms_with_a_calib
 def test_a_search_with_other_widths_is_not_taken_over(runs, monkeypatch):
     tried: list[float] = []
     monkeypatch.setattr(
-        Bench, "perplexity", lambda bench, target, windows: tried.append(target.base) or 9 + target.base
+        Measurement, "perplexity", lambda _, target, windows: tried.append(target.base) or 9 + target.base
     )
     more = ("--find-base", "--vector-cut", "0", "0.5", "1", "--round-interval")
     for interval in ("4", "1"):  # the same widths at SB = 0
@@ -614,20 +619,20 @@ def test_a_search_with_other_widths_is_not_taken_over(runs, monkeypatch):
 
 def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):
     tried = []
-    search = Bench.perplexity
+    search = Measurement.perplexity
 
-    def trial(bench: Bench, target, windows):
+    def trial(measurement: Measurement, target, windows):
         if len(tried) == 4:
             raise KeyboardInterrupt
         tried.append(target.base)
-        return search(bench, target, windows)
+        return search(measurement, target, windows)
 
     arguments = runs.arguments("searching", "--find-base", "--round-interval", "2")
-    monkeypatch.setattr(Bench, "perplexity", trial)
+    monkeypatch.setattr(Measurement, "perplexity", trial)
     assert script.main(arguments) == 130
     first = tried.copy()
     tried.clear()
-    monkeypatch.setattr(Bench, "perplexity", lambda *given: tried.append(given[1].base) or search(*given))
+    monkeypatch.setattr(Measurement, "perplexity", lambda *given: tried.append(given[1].base) or search(*given))
     assert script.main(arguments) == 0
     assert not set(first) & set(tried)
     assert [found.base for found in runs.found("searching")[1].search.trials] == first + tried
@@ -635,9 +640,9 @@ def test_an_interrupted_search_goes_on_after_its_last_trial(runs, monkeypatch):
 
 def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(runs, finished, monkeypatch):
     passes = []
-    dense_bases = slicing.experiment.measure.dense_bases
+    dense_bases = slicing.experiment.slicer.dense_bases
     monkeypatch.setattr(
-        "slicing.experiment.measure.dense_bases", lambda *a, **k: passes.append(1) or dense_bases(*a, **k)
+        "slicing.experiment.slicer.dense_bases", lambda *a, **k: passes.append(1) or dense_bases(*a, **k)
     )
     _, results = runs.run("once", "--calibration", "once")
     assert len(passes) == 1
@@ -653,12 +658,12 @@ def test_one_calibration_serves_all_points_and_leaves_unsliced_ones_as_they_are(
 @pytest.mark.parametrize("rotations", ["1", "2"])
 def test_a_saved_model_loads_again_with_the_same_perplexity(runs, rotations, capsys, monkeypatch):
     sliced = []
-    slice_one = slicing.experiment.measure.rotate_and_slice
+    slice_one = slicing.experiment.slicer.rotate_and_slice
     monkeypatch.setattr(
-        "slicing.experiment.measure.rotate_and_slice", lambda *a, **k: sliced.append(1) or slice_one(*a, **k)
+        "slicing.experiment.slicer.rotate_and_slice", lambda *a, **k: sliced.append(1) or slice_one(*a, **k)
     )
     if rotations == "2":  # where memory is short, the best one is sliced again
-        monkeypatch.setattr(Bench, "can_keep", lambda *_: False)
+        monkeypatch.setattr("slicing.experiment.saving.can_keep", lambda _: False)
     folder, results = runs.run(f"save{rotations}", "--save-model", "best", "--rotations", rotations, step=0.15)
     (saved,) = (folder / "models").iterdir()
     best = min(points(results, "sweep"), key=lambda point: point.perplexity)
@@ -753,8 +758,8 @@ def test_models_are_not_saved_below_a_name_that_safetensors_can_not_write(runs, 
 
 
 def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_LENGTH", 32)
     file = tmp_path / "lr.json"
     lr = ["--dataset", runs.text, "--samples", "8", "--max-seq-len", "32", "--stride", "32", "--device", "cpu"]
     assert calculate_LR.main([str(runs.model), *lr, "--output", str(file)]) == 0
@@ -771,10 +776,10 @@ def test_the_vector_is_taken_from_the_command_line_from_a_file_or_measured(runs,
 
 
 def test_lr_that_was_measured_is_kept(runs, monkeypatch):
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_WINDOWS", 8)
-    monkeypatch.setattr("slicing.experiment.options.REDUNDANCY_LENGTH", 32)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_WINDOWS", 8)
+    monkeypatch.setattr("slicing.experiment.checks.REDUNDANCY_LENGTH", 32)
     first = runs.run("kept", "--source-for-vector", runs.text, step=0.3)
-    monkeypatch.setattr(Bench, "redundancy", None)
+    monkeypatch.setattr(Measurement, "redundancy", None)
     assert comparable(runs.run("kept", "--source-for-vector", runs.text, step=0.3)[1]) == comparable(first[1])
 
 
@@ -815,7 +820,7 @@ def test_a_finished_run_is_printed_again_without_the_model(runs, measured, capsy
     assert script.main(arguments) == 0
     first = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr("slicing.experiment.measure.load_model", None)
+        patched.setattr("slicing.experiment.sweep.load_model", None)
         assert script.main(arguments) == 0
     assert capsys.readouterr().out == first
     code = f"import sys, mean_cut_accuracy_experiments as s; s.main({arguments!r}); print('torch' in sys.modules)"

@@ -16,8 +16,9 @@ import torch
 from tiny_runs import TASKS, Runs
 
 import mean_cut_accuracy_experiments as script
-from slicing.experiment.measure import Bench
-from slicing.experiment.options import check
+from slicing import load_model
+from slicing.experiment.checks import check
+from slicing.experiment.keys import Keys
 from slicing.experiment.results import Versions
 
 PINS = Path(__file__).parent / "data" / "pins.json"
@@ -52,9 +53,10 @@ def keys(runs: Runs) -> dict[str, list[str]]:
         **{name.rpartition(".")[2]: mock.Mock(return_value=value) for name, value in FIXED.items()},
     ):
         for name, changed in OPTIONS.items():
-            checked = check(replace(script.parse(runs.arguments("pins")), **changed))
-            bench = Bench(checked, torch.device("cpu"), progress=False)
-            found[name] = [bench.run_key(), *map(bench.point_key, checked.targets(checked.vector))]
+            inputs = check(replace(script.parse(runs.arguments("pins")), **changed))
+            model, tokenizer = load_model(inputs.options.model, device="cpu")
+            by = Keys(inputs, model, tokenizer, torch.device("cpu"))
+            found[name] = [by.run(), *map(by.point, inputs.plan.targets(inputs.vector))]
     return found
 
 

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from slicing.experiment.comparison import mean_accuracy, paired_standard_error
 from slicing.experiment.names import text_name
 from slicing.experiment.results import SCHEMA_VERSION, Point, Results, check_results, read_results, results_of
-from slicing.experiment.store import RunFolder
+from slicing.experiment.run_folder import RunFolder
 from slicing.families import InputError
 from slicing.report.labels import run_labels, text_label
 from slicing.report.plots import (

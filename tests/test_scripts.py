@@ -25,7 +25,9 @@ import calculate_LR
 import mean_cut_accuracy_experiments as sweep
 from slicing import layer_redundancy, load_model, perplexity, rotate_and_slice, token_windows
 from slicing.command_line import exit_code
-from slicing.experiment.options import Options, check, read_vector
+from slicing.experiment.checks import check
+from slicing.experiment.inputs import read_vector
+from slicing.experiment.options import Options
 from slicing.flags import said
 from slicing.flags import spelled as flag_name
 from slicing.loading import load_tokenizer
@@ -853,11 +855,11 @@ def test_the_checks_hand_on_the_windows_that_the_run_needs(shared):
     checked = check(sweep.parse(sweep_arguments(shared, "--perplexity-samples", "3")))
     _, tokenizer = load_model(str(shared / "model"), device="cpu")
     text = str(shared / "text" / "{split}.txt")
-    assert torch.equal(checked.test_windows, token_windows(text, tokenizer, split="test", length=16)[:3])
+    assert torch.equal(checked.test.ids, token_windows(text, tokenizer, split="test", length=16)[:3])
     assert torch.equal(
-        checked.calibration_windows, token_windows(text, tokenizer, split="train", length=16, count=4, seed=42)
+        checked.calibration.ids, token_windows(text, tokenizer, split="train", length=16, count=4, seed=42)
     )
-    assert check(sweep.parse(sweep_arguments(shared, "--mean", "0"))).calibration_windows is None
+    assert check(sweep.parse(sweep_arguments(shared, "--mean", "0"))).calibration is None
 
 
 # ---- the demo model

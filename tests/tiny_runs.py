@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 import mean_cut_accuracy_experiments as script
-import slicing.experiment.measure
-from slicing.experiment.measure import Bench
+import slicing.experiment.slicer
+from slicing.experiment.measure import Measurement
 from slicing.experiment.results import Results, read_results
 from slicing.structure import as_json
 
@@ -117,23 +117,23 @@ def _serve(output: str, arguments: list[str], environment: dict[str, str]) -> No
     log = os.open(f"{output}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_TRUNC | os.O_CREAT), stream)
-    measure: Callable[..., Any] = Bench.point
+    measure: Callable[..., Any] = Measurement.point
 
-    def logged(bench: Bench, target: Any, key: str) -> Any:
+    def logged(measurement: Measurement, target: Any, key: str) -> Any:
         os.write(log, f"{key}\n".encode())
         if rank == environment.get("FAILING_RANK"):
             raise RuntimeError("a card fell out")
-        return measure(bench, target, key)
+        return measure(measurement, target, key)
 
-    Bench.point = logged  # type: ignore[method-assign]
-    calibrate = slicing.experiment.measure.dense_bases
+    Measurement.point = logged  # type: ignore[method-assign]
+    calibrate = slicing.experiment.slicer.dense_bases
 
     def noted(*given: Any, **named: Any) -> Any:
         with open(f"{output}.passes", "a") as passes:
             passes.write(f"{rank}\n")
         return calibrate(*given, **named)
 
-    slicing.experiment.measure.dense_bases = noted
+    slicing.experiment.slicer.dense_bases = noted
     if "--quiet" in arguments or rank != "0":
         disable_progress_bar()  # TQDM_DISABLE, which the script sets, is read when tqdm is imported: here long ago
     torch.set_num_threads(1)

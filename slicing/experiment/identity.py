@@ -12,17 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slicing.experiment.digests import content_key, weights_key
 from slicing.experiment.options import Options
-from slicing.experiment.results import Text, Versions
-from slicing.experiment.store import content_key, weights_key
+from slicing.experiment.results import Versions
 from slicing.files import local_path
 from slicing.loading import DEMO
-
-
-def text_entry(source: str, split: str, windows: torch.Tensor) -> Text:
-    """What results.json says of token windows (N, S)."""
-    count, length = windows.shape
-    return Text(source, split, count, length, windows.numel())
 
 
 def versions(options: Options) -> Versions:

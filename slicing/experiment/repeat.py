@@ -21,7 +21,8 @@ from slicing.files import local_path, read_json, write_json
 from slicing.flags import DEMO
 
 if TYPE_CHECKING:
-    from slicing.experiment.options import Checked, Options
+    from slicing.experiment.inputs import Inputs
+    from slicing.experiment.options import Options
     from slicing.task_set import TaskSet
 
 STAMP = "finished.json"
@@ -50,12 +51,13 @@ def finished_run(options: "Options") -> tuple[Path, Results, list[str]] | None:
     return None
 
 
-def write_stamp(folder: Path, options: "Options", checked: "Checked") -> None:
+def write_stamp(folder: Path, inputs: "Inputs") -> None:
     """Note that the run in this folder is finished, and what it was made from."""
+    options = inputs.options
     roots = [*_sources(options), folder / "results.json", folder / "points", folder / "models"]
     trees = {str(root.absolute()): _tree(root) for root in roots}
-    content = None if checked.tasks is None else _content(checked.tasks, options)
-    stamp = {"settings": _settings(options), "notes": list(checked.notes), "trees": trees, "tasks": content}
+    content = None if inputs.tasks is None else _content(inputs.tasks, options)
+    stamp = {"settings": _settings(options), "notes": list(inputs.notes), "trees": trees, "tasks": content}
     write_json(folder / STAMP, stamp)
 
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from test_report import make_run
 
+from slicing.experiment.digests import content_key, windows_key
 from slicing.experiment.results import PeakMemory, Point, Seconds, Trial, VectorFile
-from slicing.experiment.store import RunFolder, content_key, is_saved_model, windows_key
+from slicing.experiment.run_folder import RunFolder
+from slicing.experiment.saving import is_saved_model
 from slicing.families import InputError
 from slicing.files import _machine, new_folder, read_json, replacing, write_json
 from slicing.structure import as_json

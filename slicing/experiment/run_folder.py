@@ -6,15 +6,10 @@ setting never meets an old number.
 """
 
 import contextlib
-import hashlib
-import json
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from slicing.experiment.results import Point, Results, Trial, VectorFile, check_results, read_results
 from slicing.families import InputError
@@ -108,21 +103,6 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"can't write to {folder}/ ({error.strerror}): choose another --output-dir") from error
 
 
-def is_saved_model(folder: Path) -> bool:
-    """Whether a folder holds a whole saved model: its config, and all of its weights, as long as they say they are."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        index = folder / "model.safetensors.index.json"
-        names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        for name in names:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        return (folder / "config.json").is_file()
-    except (OSError, SafetensorError, InputError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def _content(path: Path, kind: type[Kept], key: str) -> Kept:
     """What a file of this kind holds. InputError where it is damaged, or a point is not one with this key."""
     try:
@@ -132,32 +112,3 @@ def _content(path: Path, kind: type[Kept], key: str) -> Kept:
     except InputError as error:
         raise InputError(f"{error}: delete {path}, and it is measured again") from error
     return content
-
-
-def content_key(content: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for a JSON object."""
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_key(model: torch.nn.Module) -> str:
-    """The same for a model's weights: names, shapes, dtypes and every byte, some GB a second on each core."""
-    tensors = model.state_dict()
-    with ThreadPoolExecutor() as threads:  # hashlib lets other threads run
-        digests = list(threads.map(_digest, tensors.values()))
-    found = hashlib.sha256()
-    for name, digest in zip(tensors, digests, strict=True):
-        found.update(name.encode() + digest)
-    return found.hexdigest()[:16]
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
-
-
-def windows_key(windows: torch.Tensor) -> str:
-    """The same for token windows (N, S)."""
-    shape = f"{tuple(windows.shape)}".encode()
-    return hashlib.sha256(shape + windows.cpu().numpy().tobytes()).hexdigest()[:16]
