@@ -164,10 +164,11 @@ class _Slicer:
 
 
 @torch.no_grad()
-def check_sliceable(model: PreTrainedModel, *, device: torch.device | None = None) -> None:
-    """Raise InputError where a slicing would refuse the model, whatever the widths; `device` is where it would run."""
+def check_sliceable(model: PreTrainedModel, *, device: torch.device | None = None) -> float:
+    """Raise InputError where a slicing would refuse the model, whatever the widths; `device` is where it would run. The
+    seconds that the check of its layers took."""
     widths = [int(model.config.hidden_size)] * int(model.config.num_hidden_layers)
-    _Slicer(model, widths, 1, device)
+    return _Slicer(model, widths, 1, device).seconds
 
 
 def sliced_parameters(

@@ -136,6 +136,17 @@ def test_the_same_command_again_measures_nothing_and_gives_the_same(runs, finish
     assert rows.count("dynamic") == 6
 
 
+def test_results_hold_the_seconds_of_the_check_of_the_layers(runs, monkeypatch):
+    monkeypatch.setattr("slicing.check._passed", set())  # another run of this process checked these layers
+    folder, first = runs.run("seconds", step=0.3)
+    assert first.check_seconds is not None
+    assert 0.001 < first.check_seconds < 60
+    again, more = runs.run("seconds", "--compare", "equal-parameters", step=0.3)  # which measures one point
+    assert (again, len(more.points)) == (folder, 4)
+    assert more.check_seconds == first.check_seconds
+    assert runs.run("seconds-dense", mean=0)[1].check_seconds is None
+
+
 def test_a_run_that_goes_on_never_shortens_its_results(runs, monkeypatch):
     more = ("--compare", "equal-parameters")
     folder, first = runs.run("never-shorter", *more, step=0.15)
@@ -694,8 +705,11 @@ def test_save_model_all_saves_every_sliced_point_and_a_deleted_one_again(runs):
     names = sorted(path.name for path in (folder / "models").iterdir())
     assert len(names) == len(results.points) - 1 == 3
     shutil.rmtree(folder / "models" / names[0])
+    code = folder / "models" / names[1] / "families.py"
+    code.unlink()
     runs.run("save-all", "--save-model", "all", step=0.15)
     assert sorted(path.name for path in (folder / "models").iterdir()) == names
+    assert code.exists()
     cards = {(folder / "models" / name / "README.md").read_text().count("not measured") for name in names}
     assert cards == {0}
 

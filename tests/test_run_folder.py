@@ -98,7 +98,7 @@ def write_weights(folder, text="mine"):
     """What `is_saved_model` takes for a model."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"a": torch.zeros(8)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text(json.dumps({"of": text}))
 
 
 def test_of_two_that_write_one_folder_the_first_stays_and_a_part_is_replaced(tmp_path):
@@ -106,11 +106,11 @@ def test_of_two_that_write_one_folder_the_first_stays_and_a_part_is_replaced(tmp
     with new_folder(place, is_saved_model) as slow:
         write_weights(slow, "slow")
         write_weights(place, "fast")
-    assert (place / "config.json").read_text() == "fast"
+    assert read_json(place / "config.json") == {"of": "fast"}
     (place / "model.safetensors").unlink()
     with new_folder(place, is_saved_model) as again:
         write_weights(again, "again")
-    assert (place / "config.json").read_text() == "again"
+    assert read_json(place / "config.json") == {"of": "again"}
     with contextlib.suppress(KeyError), new_folder(tmp_path / "other", is_saved_model) as broken:
         write_weights(broken)
         raise KeyError
@@ -131,6 +131,19 @@ def test_a_folder_without_all_of_its_weights_is_no_saved_model(tmp_path):
     assert is_saved_model(tmp_path / "a")
     (tmp_path / "a" / "model-1.safetensors").unlink()
     assert not is_saved_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("gone", ["modeling.py", "families.py"])
+def test_a_folder_without_all_of_its_code_is_no_saved_model(tmp_path, gone):
+    write_weights(tmp_path)
+    assert is_saved_model(tmp_path)  # a plain one has no code
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "modeling.SlicedConfig"}}')
+    assert not is_saved_model(tmp_path)
+    (tmp_path / "modeling.py").write_text("from .families import FAMILIES")
+    (tmp_path / "families.py").write_text("FAMILIES = {}")
+    assert is_saved_model(tmp_path)
+    (tmp_path / gone).unlink()
+    assert not is_saved_model(tmp_path)
 
 
 @pytest.mark.parametrize("number", ["1" * 400, "-" + "1" * 400, "1e999", "1" * 5000])

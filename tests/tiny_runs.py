@@ -145,6 +145,7 @@ def comparable(results: Results) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(json.dumps(as_json(results)))
     for name in ("output_dir", "fresh", "quiet", "cuda_device"):
         del content["arguments"][name]
+    del content["check_seconds"]
     for point in content["points"]:
         del point["seconds"], point["peak_memory_bytes"]
     return content

@@ -173,6 +173,9 @@ class Results(Structure, kw_only=True):
     data: Annotated[Data, "the text"]
     redundancy: Annotated[Redundancy | None, "layer redundancy; null where nothing is sliced"]
     search: Annotated[Search | None, "of --find-base: where the lowest perplexity was looked for, and found"]
+    check_seconds: Annotated[
+        float | None, "of the self-check of the model's layers before the first slicing; null where nothing was sliced"
+    ] = None
     tasks: Annotated[dict[str, Task], "what was asked of each task or group, by its name"] = field(default_factory=dict)
     points: Annotated[list[Point], "dense, constant slicing, the amounts up to the mean, then the extra kinds"]
 

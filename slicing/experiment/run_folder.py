@@ -66,12 +66,12 @@ class RunFolder:
         """Keep something under its key."""
         write_json(self._path(kind, key), as_json(content))
 
-    def finished(self) -> int:
-        """How many points results.json holds; 0 where it is not there or damaged."""
+    def results(self) -> Results | None:
+        """What results.json holds; None where it is not there or damaged."""
         try:
-            return len(read_results(self.folder).points)
+            return read_results(self.folder)
         except InputError:
-            return 0
+            return None
 
     def write_results(self, results: Results) -> None:
         """Write results.json. InputError where they are not what their fields say."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from slicing.devices import free_bytes, free_memory, model_bytes
 from slicing.experiment.measure import Measurement
@@ -105,13 +106,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def is_saved_model(folder: Path) -> bool:
-    """Whether a folder holds a whole saved model: its config, and all of its weights, as long as they say they are."""
+    """Whether a folder holds a whole saved model: its config, the code that this names and what that imports, and all
+    of its weights, as long as they say they are."""
     try:
         index = folder / "model.safetensors.index.json"
         names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
         for name in names:
             with safe_open(folder / name, framework="pt"):
                 pass
-        return (folder / "config.json").is_file()
+        for name in {path.partition(".")[0] for path in read_json(folder / "config.json").get("auto_map", {}).values()}:
+            get_relative_import_files(folder / f"{name}.py")
+        return True
     except (OSError, SafetensorError, InputError, KeyError, TypeError, AttributeError):
         return False

@@ -34,12 +34,12 @@ class Slicer:
             model.to(device)
         self._bases: Bases | None = None
 
-    def check(self) -> None:
-        """Raise InputError, before a point is measured, where the model can't be measured or sliced as is wanted."""
+    def check(self) -> float | None:
+        """Raise InputError, before a point is measured, where the model can't be measured or sliced as is wanted. The
+        seconds that the check of its layers took; None where it is not to be sliced."""
         with on_devices(self.model, self.device) as model:
             check_causal(model)
-        if self.options.mean > 0:
-            check_sliceable(self.model, device=self.device)
+        return check_sliceable(self.model, device=self.device) if self.options.swept > 0 else None
 
     def sliced(self, target: Target, progress: Progress) -> PreTrainedModel:
         """The model sliced to a target's widths."""

@@ -64,7 +64,9 @@ class Experiment:
         self._points: dict[str, Point] = {}  # finished ones, by key
         self._reported = 0
         self._bases_are_shared = False
-        self._kept = self.folder.finished() if ranks.first else 0
+        before = self.folder.results() if ranks.first else None
+        self._kept = 0 if before is None else len(before.points)
+        self.results.check_seconds = None if before is None else before.check_seconds
 
     def _shared_folder(self) -> RunFolder:
         """Rank 0 makes it, and starts over where that is wanted, before the others look."""
@@ -132,7 +134,8 @@ class Experiment:
         missing = self.ranks.from_first(missing)
         mine = self.ranks.share(missing)
         if mine:
-            self.slicer.check()
+            seconds = self.slicer.check()
+            self.results.check_seconds = self.results.check_seconds or seconds
         if any(target.calibration == "once" for target, _ in missing):
             self._share_bases()
         with self.measurement.waiting([target for target, _ in mine]):
