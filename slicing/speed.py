@@ -32,7 +32,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Turns:
     """How much is timed.
 
     windows, length: of a turn of prefill. steps: tokens that one sequence decodes in a turn. cache_length: of the
@@ -46,7 +46,7 @@ class Plan:
     repeats: int
 
     @classmethod
-    def of(cls, device: torch.device, positions: int | None = None) -> "Plan":
+    def of(cls, device: torch.device, positions: int | None = None) -> "Turns":
         """What a GPU needs to be busy, or what a CPU does in seconds; no longer than the positions that a model has."""
         found = cls(8, 2048, 16, 512, 5) if device.type == "cuda" else cls(1, 512, 8, 64, 3)
         longest = positions or found.length
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Speed:
+class ModelSpeed:
     """Of one model.
 
     prefill, decode: tokens a second, from the median turn; decode None where the family has no static cache.
@@ -67,30 +67,27 @@ class Speed:
     memory: int | None
 
 
-def compare_speeds(models: Mapping[str, PreTrainedModel], windows: torch.Tensor, plan: Plan) -> dict[str, Speed]:
+def compare_speeds(models: Mapping[str, PreTrainedModel], windows: torch.Tensor, turns: Turns) -> dict[str, ModelSpeed]:
     """The speed of each model by its name, taking turns, so that what else the machine does is shared by all.
 
     models: on one device, in evaluation mode. windows: (N, S) token ids, which prefill takes its tokens from, again
         from the first one on where they are too few.
-    Raises InputError where the device's memory does not suffice, or logits are not finite.
+    Raises InputError where logits are not finite.
     """
     device = next(iter(models.values())).device
-    needed = plan.windows * plan.length
+    needed = turns.windows * turns.length
     flat = windows.flatten().to(device)
-    tokens = flat.repeat(-(-needed // flat.numel()))[:needed].reshape(plan.windows, plan.length)
-    try:
-        prefills = {name: prefill(model, tokens) for name, model in models.items()}
-        memory = {name: _memory(model, prefills[name]) for name, model in models.items()}
-        prefilled = median_speeds(prefills, take_turns(device, prefills, plan.repeats))
-        decodings = {
-            name: decoding(model, tokens[:1, :1], plan.steps, plan.cache_length)
-            for name, model in models.items()
-            if has_static_cache(model)
-        }
-        decoded = median_speeds(decodings, take_turns(device, decodings, plan.repeats))
-    except torch.OutOfMemoryError as error:
-        raise InputError("out of memory while the speed was measured: leave --speed out") from error
-    return {name: Speed(prefilled[name], decoded.get(name), memory[name]) for name in models}
+    tokens = flat.repeat(-(-needed // flat.numel()))[:needed].reshape(turns.windows, turns.length)
+    prefills = {name: prefill(model, tokens) for name, model in models.items()}
+    memory = {name: _memory(model, prefills[name]) for name, model in models.items()}
+    prefilled = median_speeds(prefills, take_turns(device, prefills, turns.repeats))
+    decodings = {
+        name: decoding(model, tokens[:1, :1], turns.steps, turns.cache_length)
+        for name, model in models.items()
+        if has_static_cache(model)
+    }
+    decoded = median_speeds(decodings, take_turns(device, decodings, turns.repeats))
+    return {name: ModelSpeed(prefilled[name], decoded.get(name), memory[name]) for name in models}
 
 
 def median_speeds(works: Mapping[str, Work], turns: Mapping[str, Sequence[float]]) -> dict[str, float]:

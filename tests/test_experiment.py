@@ -234,7 +234,15 @@ def test_another_mean_has_the_dense_model_in_common(known):
 
 
 @pytest.mark.parametrize(
-    "change", [{"quiet": True}, {"fresh": True}, {"save_model": "all"}, {"offload": True}, {"output_dir": "elsewhere"}]
+    "change",
+    [
+        {"quiet": True},
+        {"fresh": True},
+        {"save_model": "all"},
+        {"speed": True},
+        {"offload": True},
+        {"output_dir": "elsewhere"},
+    ],
 )
 def test_a_setting_that_changes_no_number_reuses_all_points(known, change):
     options, old = known

@@ -12,7 +12,8 @@ from test_report import make_run, save
 
 from slicing.experiment.comparison import compare, dense_point
 from slicing.experiment.results import Results, Task
-from slicing.report.columns import chosen, columns_for
+from slicing.report.column import chosen
+from slicing.report.columns import columns_for
 from slicing.report.csv_file import csv_rows
 from slicing.report.formats import latex
 from slicing.report.labels import run_labels

@@ -9,10 +9,10 @@ from tiny_models import LAYERS, random_model, windows
 from transformers import PreTrainedModel
 
 from slicing import InputError, rotate_and_slice
-from slicing.speed import Plan, Work, compare_speeds, decoding, has_static_cache, median_speeds, prefill, take_turns
+from slicing.speed import Turns, Work, compare_speeds, decoding, has_static_cache, median_speeds, prefill, take_turns
 
 CPU = torch.device("cpu")
-PLAN = Plan(windows=2, length=8, steps=3, cache_length=16, repeats=2)
+TURNS = Turns(windows=2, length=8, steps=3, cache_length=16, repeats=2)
 
 
 def sliced(case: str) -> PreTrainedModel:
@@ -37,10 +37,10 @@ def test_a_turn_of_decoding_is_greedy_generation_from_the_first_token(case, make
     model = make(case)
     first = windows(3, 1)
     wanted = model.generate(
-        first, attention_mask=torch.ones_like(first), max_new_tokens=PLAN.steps + 2, do_sample=False, eos_token_id=None
+        first, attention_mask=torch.ones_like(first), max_new_tokens=TURNS.steps + 2, do_sample=False, eos_token_id=None
     )
-    work = decoding(model, first, steps=PLAN.steps + 2, cache_length=PLAN.cache_length)
-    assert work.tokens == 3 * (PLAN.steps + 2)
+    work = decoding(model, first, steps=TURNS.steps + 2, cache_length=TURNS.cache_length)
+    assert work.tokens == 3 * (TURNS.steps + 2)
     for _ in range(2):  # the second turn begins anew
         work.rewind()
         read = inputs_of(model, work.run)
@@ -74,15 +74,15 @@ def test_tokens_a_second_are_those_of_the_median_turn():
 def test_models_are_compared_on_the_tokens_given_again_from_the_first_where_they_are_few():
     dense, narrow = random_model("llama"), sliced("llama")
     few = windows(1, 5)
-    read = inputs_of(narrow, lambda: compare_speeds({"dense": dense, "sliced": narrow}, few, PLAN))
+    read = inputs_of(narrow, lambda: compare_speeds({"dense": dense, "sliced": narrow}, few, TURNS))
     tokens = few.flatten().repeat(4)[:16].reshape(2, 8)
     prefilled = [ids for ids in read if ids.shape[1] > 1]
-    assert len(prefilled) > PLAN.repeats
+    assert len(prefilled) > TURNS.repeats
     assert all(torch.equal(ids, tokens) for ids in prefilled)
 
 
 def test_each_model_has_its_speeds_and_memory_only_where_a_gpu_counts_it():
-    found = compare_speeds({"dense": random_model("llama"), "sliced": sliced("llama")}, windows(), PLAN)
+    found = compare_speeds({"dense": random_model("llama"), "sliced": sliced("llama")}, windows(), TURNS)
     assert list(found) == ["dense", "sliced"]
     for speed in found.values():
         assert speed.prefill > 0
@@ -95,7 +95,7 @@ def test_each_model_has_its_speeds_and_memory_only_where_a_gpu_counts_it():
 def test_a_family_without_a_static_cache_has_no_speed_of_decoding(case):
     model = random_model(case)
     assert not has_static_cache(model)
-    found = compare_speeds({"dense": model}, windows(), PLAN)["dense"]
+    found = compare_speeds({"dense": model}, windows(), TURNS)["dense"]
     assert found.prefill > 0
     assert found.decode is None
 
@@ -103,7 +103,7 @@ def test_a_family_without_a_static_cache_has_no_speed_of_decoding(case):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_is_that_of_the_weights_and_more():
     models = {name: model.cuda() for name, model in (("dense", random_model("llama")), ("sliced", sliced("llama")))}
-    found = compare_speeds(models, windows(), PLAN)
+    found = compare_speeds(models, windows(), TURNS)
     weights = {name: sum(one.numel() * one.element_size() for one in models[name].parameters()) for name in models}
     assert all(found[name].memory > weights[name] for name in models)
 
@@ -117,7 +117,7 @@ def test_logits_that_are_not_finite_are_an_error():
 
 
 def test_a_plan_is_no_longer_than_the_positions_of_the_model():
-    assert Plan.of(CPU) == Plan(windows=1, length=512, steps=8, cache_length=64, repeats=3)
-    assert Plan.of(CPU, positions=5) == Plan(windows=1, length=5, steps=5, cache_length=5, repeats=3)
-    gpu = Plan.of(torch.device("cuda"), positions=1024)
+    assert Turns.of(CPU) == Turns(windows=1, length=512, steps=8, cache_length=64, repeats=3)
+    assert Turns.of(CPU, positions=5) == Turns(windows=1, length=5, steps=5, cache_length=5, repeats=3)
+    gpu = Turns.of(torch.device("cuda"), positions=1024)
     assert (gpu.windows, gpu.length, gpu.cache_length) == (8, 1024, 512)

@@ -96,6 +96,8 @@ def _check_together(options: Options) -> None:
             )
         if chosen and options.find_base:
             raise InputError(f"{flag} can't be searched with --find-base, which goes by one calibration: sweep instead")
+    if options.speed and options.offload:
+        raise InputError("--speed needs dense and sliced model on the GPU together: leave out --offload, or --speed")
     if options.save_model != "none" and not _in_utf8(options.output_dir):
         raise InputError(
             f"--output-dir is {options.output_dir!r}: safetensors writes below names in UTF-8 only; choose another"

@@ -15,6 +15,7 @@ from slicing.experiment.plan import Target
 from slicing.experiment.results import SCHEMA_VERSION
 from slicing.experiment.windows import Windows
 from slicing.flags import values_for
+from slicing.speed import Turns
 from slicing.structure import as_json
 from slicing.task_content import task_content
 
@@ -71,6 +72,10 @@ class Keys:
             }
             | (self._solving if sliced else {})
         )
+
+    def speed(self, point: str, turns: Turns) -> str:
+        """Of the speed of the point with this key."""
+        return content_key({"point": point, "turns": asdict(turns)})
 
     def redundancy(self, windows: Windows) -> str:
         """Of LR measured on these windows."""

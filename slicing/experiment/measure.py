@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicing.devices import on_devices
 from slicing.experiment.comparison import mean_accuracy
-from slicing.experiment.inputs import Inputs
-from slicing.experiment.plan import Target
-from slicing.experiment.results import Part, Point, Results, VectorFile
+from slicing.experiment.inputs import Inputs, positions_of
+from slicing.experiment.plan import Missing, Target
+from slicing.experiment.results import Part, Point, Results, Speed, VectorFile
 from slicing.experiment.slicer import Slicer
+from slicing.experiment.throughput import measured_speed
 from slicing.experiment.timing import Timing
 from slicing.experiment.waiting import RunBar
 from slicing.experiment.windows import Windows
@@ -20,6 +21,7 @@ from slicing.families import InputError
 from slicing.likelihood import perplexity, window_nll
 from slicing.modeling import count_parameters
 from slicing.redundancy import layer_redundancy
+from slicing.speed import Turns
 from slicing.structure import from_json
 from slicing.task_scores import TaskScore
 from slicing.tasks import evaluate_tasks
@@ -35,15 +37,19 @@ class Measurement:
     ) -> None:
         self.inputs, self.options = inputs, inputs.options
         self.slicer, self.tokenizer, self.about = slicer, tokenizer, about
+        self.turns = Turns.of(slicer.device, positions_of(inputs.config))
         self.progress: bool | RunBar = progress
+
+    def begin(self, target: Target) -> None:
+        """What is measured next is of this point."""
+        if isinstance(self.progress, RunBar):
+            self.progress.point("dense" if target.base is None else f"SB {target.base:.3f}")
 
     def point(self, target: Target, key: str) -> tuple[Point, PreTrainedModel]:
         """Slice and measure: what results.json has of a point, and the model that was measured."""
         assert target.kind != "search"  # which stands for no point of its own
         timing, model = Timing(self.slicer.device), self.slicer.model
         tasks: dict[str, TaskScore] = {}
-        if isinstance(self.progress, RunBar):
-            self.progress.point("dense" if target.base is None else f"SB {target.base:.3f}")
         if target.widths is not None:
             with self._part("slice", timing):
                 model = self.slicer.sliced(target, self.progress)
@@ -81,6 +87,18 @@ class Measurement:
         )
         return point, model
 
+    def speed(self, target: Target) -> Speed:
+        """Speed and memory at a target's widths, beside the dense model's."""
+        with self.progress.part("speed") if isinstance(self.progress, RunBar) else nullcontext():
+            return measured_speed(
+                self.slicer.model,
+                self.inputs.test.ids,
+                target.widths,
+                rotations=self.options.rotations,
+                inner_widths=target.inner_widths,
+                turns=self.turns,
+            )
+
     def perplexity(self, target: Target, windows: Windows) -> float:
         """Perplexity of a sliced model."""
         with on_devices(self.slicer.sliced(target, self.progress), self.slicer.device) as model:
@@ -93,13 +111,16 @@ class Measurement:
         return replace(from_json(found.as_dict(), VectorFile), data=windows.entry())
 
     @contextmanager
-    def waiting(self, targets: Sequence[Target]) -> Iterator[None]:
+    def waiting(self, missing: Sequence[Missing]) -> Iterator[None]:
         """One bar while these points are measured, in order, in place of one for each piece of work."""
-        if not (self.progress and targets):
+        if not (self.progress and missing):
             yield
             return
         tasks = ["tasks"] if self.inputs.tasks is not None else []
-        parts = [[*(["slice"] if target.widths else []), "perplexity", *tasks] for target in targets]
+        parts = []
+        for one in missing:
+            whole = [*(["slice"] if one.target.widths else []), "perplexity", *tasks] if one.point else []
+            parts.append([*whole, *(["speed"] if one.speed else [])])
         before = self.progress
         with RunBar(parts) as self.progress:
             try:

@@ -121,6 +121,11 @@ class Options:
         high=2**32 - 1,
         metavar="SEED",
     )
+    speed: bool = flag(
+        False,
+        help="also measure tokens a second and peak memory of each point beside the dense model's, by turns; a sliced"
+        " model is timed by its widths, with random weights, so finished points are not sliced again",
+    )
     save_model: str = flag("none", help="sliced models to keep in the run's folder", choices=("none", "best", "all"))
     output_dir: str = flag("results", help="where the run's folder goes", metavar="FOLDER", is_path=True)
     fresh: bool = flag(False, help="start over: forget the run's points and models, and take none over from other runs")

@@ -40,6 +40,16 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What is still to be measured of a point, which has a key: all but its speed, its speed, or both."""
+
+    target: Target
+    key: str
+    point: bool
+    speed: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """The points that are possible with some options on a model of hidden size D.
 

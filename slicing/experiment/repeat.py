@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from slicing.task_set import TaskSet
 
 STAMP = "finished.json"
-_NO_MATTER = ("fresh", "quiet", "output_dir", "seeds")  # options that change neither the numbers nor what is kept
+_NO_MATTER = (
+    "fresh",
+    "quiet",
+    "output_dir",
+    "seeds",
+    "speed",
+)  # options that change neither the numbers nor what is kept
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval")
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
@@ -45,6 +51,8 @@ def finished_run(options: "Options") -> tuple[Path, Results, list[str]] | None:
             )
             results, notes, tasks = read_results(file.parent), list(stamp["notes"]), stamp["tasks"]
         except (InputError, OSError, KeyError, TypeError, AttributeError):  # a damaged stamp is none
+            continue
+        if options.speed and any(point.speed is None for point in results.points):
             continue
         if same and _tasks(options) == tasks:
             return file.parent, results, notes

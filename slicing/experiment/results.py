@@ -123,6 +123,21 @@ class PeakMemory(Structure):
     tasks: Annotated[int | None, "their requests"]
 
 
+class Speed(Structure, kw_only=True):
+    """Of a model, by turns with the dense one; tokens a second are those of the median turn."""
+
+    windows: Annotated[int, "that one turn of prefill reads at once"]
+    length: Annotated[int, "tokens of each"]
+    cache_length: Annotated[int, "tokens that each step of decoding one sequence attends to"]
+    repeats: Annotated[int, "turns of each model"]
+    prefill: Annotated[float, "tokens a second"]
+    dense_prefill: Annotated[float, "the dense model's"]
+    decode: Annotated[float | None, "tokens a second; null where the family has no cache of fixed size"]
+    dense_decode: Annotated[float | None, "the dense model's"]
+    memory: Annotated[int | None, "bytes of the weights and of what prefill needs besides; null on a CPU"]
+    dense_memory: Annotated[int | None, "the dense model's"]
+
+
 class Point(Structure, kw_only=True):
     """A model that was measured. What is absent in points of earlier versions has a default."""
 
@@ -156,6 +171,7 @@ class Point(Structure, kw_only=True):
     peak_memory_bytes: Annotated[
         PeakMemory, "highest memory by part, on one card; of the process so far on a CPU; null where unknown"
     ]
+    speed: Annotated[Speed | None, "of --speed; in a file of its own, not in that of the point"] = None
 
 
 class Results(Structure, kw_only=True):

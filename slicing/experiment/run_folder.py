@@ -11,14 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import TypeVar
 
-from slicing.experiment.results import Point, Results, Trial, VectorFile, check_results, read_results
+from slicing.experiment.results import Point, Results, Speed, Trial, VectorFile, check_results, read_results
 from slicing.families import InputError
 from slicing.files import read_json, remove_abandoned, write_json
 from slicing.structure import as_json, from_json
 
-Kept = TypeVar("Kept", Point, VectorFile, list[Trial])  # what a run keeps in files of its own
+Kept = TypeVar("Kept", Point, Speed, VectorFile, list[Trial])  # what a run keeps in files of its own
 _PLACES: dict[object, str] = {
     Point: "points/{}.json",
+    Speed: "speed-{}.json",
     VectorFile: "redundancy-{}.json",
     list[Trial]: "search-{}.json",
 }
@@ -88,7 +89,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in ("points", "models"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for pattern in ("results.*", "redundancy*", "search-*.json", "sweep.png"):
+        for pattern in ("results.*", "redundancy*", "search-*.json", "speed-*.json", "sweep.png"):
             for file in self.folder.glob(pattern):
                 file.unlink(missing_ok=True)  # two runs may start over at once
 

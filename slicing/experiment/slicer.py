@@ -32,6 +32,10 @@ class Slicer:
         tokens = 0 if self.calibration is None else self.calibration.ids.numel()
         if not (self.options.offload or must_offload(model, device, tokens, self._solving_bytes())):
             model.to(device)
+        if self.options.speed and model.device.type != device.type:
+            raise InputError(
+                "--speed needs dense and sliced model on the GPU together, and they don't fit: leave it out"
+            )
         self._bases: Bases | None = None
 
     def check(self) -> float | None:

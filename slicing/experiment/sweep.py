@@ -16,9 +16,9 @@ from slicing.experiment.inputs import Inputs
 from slicing.experiment.keys import Keys
 from slicing.experiment.measure import Measurement
 from slicing.experiment.names import run_name
-from slicing.experiment.plan import Target
+from slicing.experiment.plan import Missing, Target
 from slicing.experiment.ranks import Ranks
-from slicing.experiment.results import Point, Redundancy, Results
+from slicing.experiment.results import Point, Redundancy, Results, Speed
 from slicing.experiment.run_folder import RunFolder, check_writable
 from slicing.experiment.saving import OnModel, SavedModels
 from slicing.experiment.search import equal_size, find_base
@@ -127,25 +127,39 @@ class Experiment:
 
     def _measure(self, targets: Sequence[Target], on_point: OnPoint) -> None:
         """Measure this rank's share of the targets that are not there; rank 0 reports all of them, in order."""
-        pairs = [(target, self.keys.point(target)) for target in targets]
-        keys = [key for _, key in pairs]
+        keys = [self.keys.point(target) for target in targets]
         # rank 0 says what is missing: the others might already see points of this very run
-        missing = [pair for pair in pairs if self.folder.take_over(Point, pair[1]) is None] if self.ranks.first else []
-        missing = self.ranks.from_first(missing)
+        missing = self.ranks.from_first(self._missing(targets, keys) if self.ranks.first else [])
         mine = self.ranks.share(missing)
-        if mine:
+        if any(one.point for one in mine):
             seconds = self.slicer.check()
             self.results.check_seconds = self.results.check_seconds or seconds
-        if any(target.calibration == "once" for target, _ in missing):
+        if any(one.point and one.target.calibration == "once" for one in missing):
             self._share_bases()
-        with self.measurement.waiting([target for target, _ in mine]):
+        with self.measurement.waiting(mine):
             self._report(keys, on_point)
-            for target, key in mine:
-                self._point(target, key)
+            for one in mine:
+                self.measurement.begin(one.target)
+                if one.point:
+                    self._point(one.target, one.key)
+                if one.speed:
+                    self.folder.write(Speed, self._speed_key(one.key), self.measurement.speed(one.target))
                 self._report(keys, on_point)
         self.ranks.wait(meanwhile=lambda: self._report(keys, on_point))
         if self.ranks.first:
             self._wait_for_files(lambda: self._report(keys, on_point))
+
+    def _missing(self, targets: Sequence[Target], keys: Sequence[str]) -> list[Missing]:
+        found = []
+        for target, key in zip(targets, keys, strict=True):
+            point = self.folder.take_over(Point, key) is None
+            speed = self.options.speed and self.folder.take_over(Speed, self._speed_key(key)) is None
+            if point or speed:
+                found.append(Missing(target, key, point, speed))
+        return found
+
+    def _speed_key(self, key: str) -> str:
+        return self.keys.speed(key, self.measurement.turns)
 
     def _point(self, target: Target, key: str) -> None:
         """Measure and keep a point, also where its model can't be saved."""
@@ -163,7 +177,10 @@ class Experiment:
             return False
         for key in keys:
             point = None if key in self._points else self.folder.read(Point, key)
-            if point is not None:
+            if point is None:
+                continue
+            point.speed = self.folder.read(Speed, self._speed_key(key))  # where an earlier call measured it, too
+            if point.speed is not None or not self.options.speed:
                 self._points[key] = point
         found = [self._points.get(key) for key in keys]
         finished = [point for point in found if point is not None]

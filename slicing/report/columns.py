@@ -1,7 +1,7 @@
-"""The columns of the table: what is in them, which are shown, and which are left out where a terminal is narrow."""
+"""The columns of the table: what is in them, and which are shown unless others are asked for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from slicing.experiment.comparison import (
     Change,
@@ -15,40 +15,11 @@ from slicing.experiment.comparison import (
 )
 from slicing.experiment.names import shown
 from slicing.experiment.results import PARTS, Part, Point, Results
-from slicing.families import InputError
+from slicing.report.column import Cell, Column, optional
 from slicing.report.labels import is_sliced_model, model_name, text_label
 from slicing.report.seeds import PooledPoint, seed_of
 from slicing.report.settings import SETTINGS, Setting, differing, shown_value
-
-Cell = Callable[[Point, Results], str]
-GAP = "  "
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    name: for --columns. titles: two lines. width: in characters, negative where the text stands at the left.
-    shown: whether it is there unless columns are chosen. rank: which is left out first where a terminal is narrow, the
-    highest; 0 never.
-    """
-
-    name: str
-    titles: tuple[str, str]
-    width: int
-    cell: Cell
-    shown: bool = True
-    rank: int = 0
-
-    @property
-    def title(self) -> str:
-        """Both lines as one."""
-        first, second = self.titles
-        return first[:-1] + second if first.endswith("-") else f"{first} {second}".strip()
-
-    def pad(self, text: str) -> str:
-        """Text as wide as the column."""
-        return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
+from slicing.report.speed_columns import speed_columns
 
 
 def columns_for(runs: Sequence[Results], tasks: Sequence[str] | None = None, *, labelled: bool = False) -> list[Column]:
@@ -98,32 +69,10 @@ def columns_for(runs: Sequence[Results], tasks: Sequence[str] | None = None, *, 
         Column("parameters", ("para-", "meters"), 7, lambda point, _: millions(point.parameters)),
         Column("cut", ("true", "cut"), 6, lambda point, _: f"{point.cut:z.1%}", rank=4),
         *_task_columns(runs, tasks, pooled),
+        *speed_columns(runs),
         Column("seconds", ("", "seconds"), 7, _seconds, rank=10),
         *(_part_columns()),
     ]
-
-
-def chosen(columns: Sequence[Column], names: Sequence[str] | None) -> list[Column]:
-    """The columns with these names, in their order; None: those that are shown unless others are asked for."""
-    if names is None:
-        return [column for column in columns if column.shown]
-    by_name = {column.name: column for column in columns}
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise InputError(f"there is no column {unknown[0]!r}: the columns are {', '.join(by_name)}")
-    return [by_name[name] for name in names]
-
-
-def fitting(columns: Sequence[Column], width: int | None) -> tuple[list[Column], list[Column]]:
-    """The columns that fit in so many characters, and those left out for it, the least important first."""
-    left, out = list(columns), []
-    while width is not None and sum(abs(one.width) for one in left) + len(GAP) * (len(left) - 1) > width:
-        last = max(left, key=lambda column: (column.rank, left.index(column)))
-        if last.rank == 0:
-            break
-        left.remove(last)
-        out.append(last)
-    return left, out
 
 
 def _label_columns(runs: Sequence[Results], labelled: bool) -> list[Column]:
@@ -228,10 +177,6 @@ def _constant_reference(run: Results) -> Point | None:
 
 
 _REFERENCES: dict[str, Callable[[Results], Point | None]] = {"dense": dense_point, "constant": _constant_reference}
-
-
-def optional(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def change_text(value: float | None) -> str:

@@ -22,6 +22,7 @@ from slicing.report.columns import against_constant, mean_of
 from slicing.report.labels import is_sliced_model
 from slicing.report.seeds import PooledPoint, seed_of
 from slicing.report.settings import SETTINGS
+from slicing.report.speed_columns import speed_of
 
 
 def write_csv(runs: Sequence[Results], file: str | Path) -> None:
@@ -76,6 +77,7 @@ def _csv_row(point: Point, results: Results) -> dict[str, Any]:
     for part in PARTS:
         row[f"seconds_{part}"] = getattr(point.seconds, part)
         row[f"peak_memory_bytes_{part}"] = getattr(point.peak_memory_bytes, part)
+    row |= _speeds(point)
     for name, score in point.tasks.items():
         row |= {name: score.value, f"{name}_stderr": score.stderr, f"{name}_metric": score.metric}
         task = results.tasks.get(name)
@@ -83,6 +85,17 @@ def _csv_row(point: Point, results: Results) -> dict[str, Any]:
         row |= {f"{name}_hash": task and task.content, f"{name}_documents": score.documents}
         row |= _changes(name, lambda reference, name=name: score_change(point, reference, name), results)  # type: ignore[misc]
     return row
+
+
+def _speeds(point: Point) -> dict[str, Any]:
+    """What was measured of a point's speed, and how; nothing without --speed."""
+    if point.speed is None:
+        return {}
+    units = {"prefill": "prefill_tokens_per_second", "decode": "decode_tokens_per_second", "memory": "memory_bytes"}
+    row: dict[str, Any] = {}
+    for name, column in units.items():
+        row[f"speed_{column}"], row[f"speed_{name}_ratio"] = speed_of(point, name)
+    return row | {f"speed_{name}": getattr(point.speed, name) for name in ("windows", "length", "cache_length")}
 
 
 def _changes(name: str, change: Callable[[Point | None], Change], results: Results) -> dict[str, Any]:

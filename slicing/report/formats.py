@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from slicing.experiment.results import Point, Results
-from slicing.report.columns import GAP, Column
+from slicing.report.column import GAP, Column
 
 FORMATS = ("text", "markdown", "latex", "csv")
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

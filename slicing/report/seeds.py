@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from msgspec.structs import asdict, replace
 
 from slicing.experiment.comparison import document_lists
-from slicing.experiment.results import Point, Results
+from slicing.experiment.results import Point, Results, Speed
 from slicing.task_scores import Metric, TaskScore
 
 # of the arguments: where results go, and what is shown of the work
-_NO_SETTINGS = ("seed", "seeds", "output_dir", "fresh", "quiet", "cuda_device", "save_model", "compare", "batch_size")
+_NO_SETTINGS = {"seed", "seeds", "output_dir", "fresh", "quiet", "cuda_device", "save_model", "compare", "batch_size"}
+_NO_SETTINGS |= {"speed"}
 
 
 class PooledPoint(Point, kw_only=True):
@@ -88,6 +89,7 @@ def _mean(points: Sequence[Point]) -> Point:
             name: _mean_score([point.tasks[name] for point in points if name in point.tasks]) for name in first.tasks
         },
         "mean_accuracy": statistics.fmean(accuracies) if whole else None,
+        "speed": _mean_speed([point.speed for point in points]),
     }
     return PooledPoint(
         **(asdict(first) | means),
@@ -108,6 +110,15 @@ def _mean_score(scores: Sequence[TaskScore]) -> TaskScore:
         means = None if each is None else [statistics.fmean(of_one) for of_one in zip(*each, strict=True)]
         metrics[first.metric] = Metric(value, stderr, means)
     return replace(first, value=value, stderr=stderr, metrics=metrics)
+
+
+def _mean_speed(speeds: Sequence[Speed | None]) -> Speed | None:
+    """None where one run lacks it. Widths depend on no seed, and so does no memory."""
+    known = [speed for speed in speeds if speed is not None]
+    if not known or len(known) < len(speeds):
+        return None
+    names = ("prefill", "dense_prefill", "decode", "dense_decode")
+    return replace(known[0], **{name: _average([getattr(one, name) for one in known]) for name in names})
 
 
 def _average(values: Sequence[float | None]) -> float | None:

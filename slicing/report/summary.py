@@ -66,3 +66,15 @@ def mean_accuracy_line(runs: Sequence[Results]) -> list[str]:
     """What the mean accuracy is a mean of; nothing without tasks."""
     tasks = mean_of(runs)
     return [f"Mean accuracy: of {', '.join(tasks)}."] if tasks else []
+
+
+def speed_lines(runs: Sequence[Results]) -> list[str]:
+    """What was timed, where something was."""
+    measured = ((run.device, point.speed) for run in runs for point in run.points if point.speed is not None)
+    return list(
+        dict.fromkeys(
+            f"Speed on {device}: prefill of {speed.windows} x {speed.length} tokens; one sequence decoded in a cache of"
+            f" {speed.cache_length}; median of {speed.repeats} turns, dense and sliced alternating."
+            for device, speed in measured
+        )
+    )

@@ -19,14 +19,15 @@ from slicing.command_line import Screen, exit_code
 from slicing.experiment.results import Point, Results, read_results
 from slicing.families import InputError
 from slicing.flags import flag
-from slicing.report.columns import chosen, columns_for, fitting
+from slicing.report.column import chosen, fitting
+from slicing.report.columns import columns_for
 from slicing.report.csv_file import csv_lines, write_csv
 from slicing.report.formats import FORMATS, latex, markdown, text, text_header, text_row
 from slicing.report.labels import run_labels
 from slicing.report.plots import plot_redundancy, plot_sweep
 from slicing.report.seeds import pooled
 from slicing.report.size_plot import has_sizes, plot_size
-from slicing.report.summary import equal_size_summary, mean_accuracy_line
+from slicing.report.summary import equal_size_summary, mean_accuracy_line, speed_lines
 
 __all__ = ["equal_size_summary", "format_row", "format_table", "header", "main", "write_csv", "write_files"]
 
@@ -106,7 +107,7 @@ def _printed(runs: Sequence[Results], options: Options) -> list[str]:
     below: list[str] = []
     for run, label in zip(runs, run_labels(runs), strict=True):
         below += [line if len(runs) == 1 else f"{label}: {line}" for line in equal_size_summary(run)]
-    below += mean_accuracy_line(runs)
+    below += mean_accuracy_line(runs) + speed_lines(runs)
     wrapped = below if width is None else [part for line in below for part in textwrap.wrap(line, max(width, 20))]
     return [*text(columns, runs), *wrapped]
 
