@@ -75,6 +75,20 @@ def test_latex_is_a_tabular_of_booktabs(folder, capsys):
     assert len(rows) == 2 + 5
 
 
+def test_a_dense_model_that_runs_share_has_one_row(capsys, folder, tmp_path):
+    beside = save(make_run(mean=0.2), tmp_path / "beside")
+    other = save(make_run(mean=0.1, dense=20.0), tmp_path / "other")
+    again = save(make_run(mean=0.1), tmp_path / "again")
+    rows = printed(capsys, beside, other, again, "--format", "markdown", "--columns", "point", "SP").splitlines()[2:]
+    kinds = [row.split()[1] for row in rows]
+    assert kinds.count("dense") == 2  # the other one has another perplexity
+    assert kinds[0] == "dense"
+    assert kinds.count("constant") == 3
+    lines = printed(capsys, beside, again, "--format", "latex", "--columns", "point", "SP").splitlines()
+    assert lines.count(r"\midrule") == 2
+    assert printed(capsys, beside, again, "--format", "csv", "--columns", "kind").splitlines().count("dense") == 2
+
+
 def test_signs_of_latex_in_names_are_escaped():
     run = make_run(name="a/b_c%d&e#f", tasks=())
     (row,) = {line.split(" & ")[0] for line in latex(chosen(columns_for([run]), ["model", "point"]), [run])[5:-2]}

@@ -23,13 +23,29 @@ def text_row(columns: Sequence[Column], point: Point, results: Results) -> str:
 
 def text(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     """For a terminal."""
-    return [text_header(columns), *(text_row(columns, point, run) for run in runs for point in run.points)]
+    return [text_header(columns), *(text_row(columns, point, run) for group in _groups(runs) for point, run in group)]
+
+
+def _groups(runs: Sequence[Results]) -> list[list[tuple[Point, Results]]]:
+    """The rows of each run; a dense model that an earlier run has, to the last digit, has its row there."""
+    shown: list[object] = []
+    groups = []
+    for run in runs:
+        group = []
+        for point in run.points:
+            same = run.model.name, point.key, point.nll, point.tasks
+            if point.kind == "dense" and same in shown:
+                continue
+            shown += [same] if point.kind == "dense" else []
+            group.append((point, run))
+        groups.append(group)
+    return [group for group in groups if group]
 
 
 def markdown(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     """For GitHub and its like."""
     marks = ["---" if column.width < 0 else "---:" for column in columns]
-    rows = [[column.cell(point, run) for column in columns] for run in runs for point in run.points]
+    rows = [[column.cell(point, run) for column in columns] for group in _groups(runs) for point, run in group]
     head = [column.title for column in columns]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [head, marks, *rows]]
 
@@ -39,9 +55,9 @@ def latex(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
     places = "".join("l" if column.width < 0 else "r" for column in columns)
     lines = [f"\\begin{{tabular}}{{{places}}}", r"\toprule"]
     lines += [_latex_row([column.titles[i] for column in columns]) for i in (0, 1)]
-    for run in runs:
+    for group in _groups(runs):
         lines.append(r"\midrule")
-        lines += [_latex_row([column.cell(point, run) for column in columns]) for point in run.points]
+        lines += [_latex_row([column.cell(point, run) for column in columns]) for point, run in group]
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
