@@ -34,7 +34,7 @@ class Slicer:
             model.to(device)
         if self.options.speed and model.device.type != device.type:
             raise InputError(
-                "--speed needs dense and sliced model on the GPU together, and they don't fit: leave it out"
+                "--speed needs dense and sliced model on the GPU together: they don't fit, so leave it out"
             )
         self._bases: Bases | None = None
 
