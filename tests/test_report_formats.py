@@ -230,9 +230,3 @@ def test_size_figure_has_a_curve_of_constant_and_one_of_dynamic_slicing():
     assert sorted(labels) == sorted([*curves, "small-model, dense"])
     (line,) = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert line.get_xdata()[0] == pytest.approx(134.5)
-
-
-def test_several_runs_are_drawn_against_their_sizes(tmp_path, capsys):
-    folders = [save(make_run(mean=mean, tasks=()), tmp_path / str(mean)) for mean in (0.1, 0.2)]
-    printed(capsys, *folders, "--output", tmp_path)
-    assert (tmp_path / "size.png").read_bytes().startswith(b"\x89PNG")

@@ -162,13 +162,6 @@ def test_token_ids_outside_the_vocabulary_are_refused(folder: Path, tokenizer: A
         ids_beyond(258, "written", folder, more)
 
 
-def test_a_tokenizer_without_begin_and_end_is_refused(reader: Any, tokenizer: Any) -> None:  # noqa: F811
-    bare = copy.deepcopy(tokenizer)
-    bare.eos_token = bare.bos_token = None
-    with pytest.raises(InputError, match=r"the tokenizer has neither a begin nor an end token"):
-        evaluate_tasks(reader, bare, resolve_tasks(["tiny_endings"], TASKS), progress=False)
-
-
 # ---- a failure costs the task's own score
 
 FAILING: dict[str, tuple[dict[str, str], str]] = {
