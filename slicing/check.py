@@ -66,10 +66,11 @@ def check_config(config: PretrainedConfig, family: Family) -> None:
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel, family: Family, device: torch.device) -> float:
+def check_layers(model: PreTrainedModel, family: Family, device: torch.device, rotations: int = 2) -> float:
     """Check every layout of layer of a causal LM against its family's row; the seconds that it took.
 
-    device: where the layers are checked, in fp32 or better, one at a time; the model is left as it was.
+    device: where the layers are checked, in fp32 or better, one at a time; the model is left as it was. rotations: how
+    many bases a layer it will be sliced with, 2 or 1.
     It does not see dropout, nor what layers hand to one another.
     Raises InputError that names layer, class and error where a sliced layer computes something else.
     """
@@ -78,7 +79,7 @@ def check_layers(model: PreTrainedModel, family: Family, device: torch.device) -
     distinct: dict[Any, int] = {}
     for index, layer in enumerate(layers):
         distinct.setdefault(_layout(layer, find_block(layer, family)), index)
-    whole = (family, model.config.to_json_string(), device)
+    whole = (family, model.config.to_json_string(), device, rotations)
     new = {layout: index for layout, index in distinct.items() if (layout, whole) not in _passed}
     if new:
         table = model.get_input_embeddings().weight
@@ -86,7 +87,7 @@ def check_layers(model: PreTrainedModel, family: Family, device: torch.device) -
         with evaluation_mode(model), _exact_products():
             stream = Stream(model, family, ids, 1, device)
             for layout, index in new.items():
-                error = _layer_error(model, family, index, stream)
+                error = _layer_error(model, family, index, stream, rotations)
                 if not error <= TOLERANCE:
                     raise _refusal(model, layers[index], index, f"is off by {error:.2g} ({TOLERANCE:g} is allowed)")
                 _passed.add((layout, whole))
@@ -114,13 +115,13 @@ def _layout(layer: nn.Module, block: Block) -> Any:
     return block, tuple(modules), tuple(shapes), tuple(numbers)
 
 
-def _layer_error(model: PreTrainedModel, family: Family, index: int, stream: Stream) -> float:
+def _layer_error(model: PreTrainedModel, family: Family, index: int, stream: Stream, rotations: int) -> float:
     """The relative error of a layer, the smaller one of two draws."""
     layer = part(model, family.layers)[index]
     error = math.inf
     try:
         for seed in SEEDS:
-            error = min(error, _Trial(model, family, layer, index, stream, seed).error())
+            error = min(error, _Trial(model, family, layer, index, stream, rotations, seed).error())
             if error <= TOLERANCE:
                 break
     except (InputError, torch.OutOfMemoryError):
@@ -132,10 +133,18 @@ def _layer_error(model: PreTrainedModel, family: Family, index: int, stream: Str
 
 
 class _Trial:
-    """One layer between bases of random directions: F of the output, and E and M, which span r of them."""
+    """One layer between bases of random directions: F of the output, and E and M (one with one rotation), which span r
+    of them."""
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, layer: nn.Module, index: int, stream: Stream, seed: int
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        layer: nn.Module,
+        index: int,
+        stream: Stream,
+        rotations: int,
+        seed: int,
     ) -> None:
         self.family, self.seed = family, seed
         self.hidden_size = stream.buffer.shape[-1]
@@ -149,10 +158,11 @@ class _Trial:
         self.span = self._orthonormal(self.hidden_size, wide, centred=family.layer_norm).to(writer.device)
         within = self.span[:, :rank]
         self.basis = within @ self._orthonormal(rank, rank).to(writer.device)
-        middle = within @ self._orthonormal(rank, rank).to(writer.device)
+        middle = within @ self._orthonormal(rank, rank).to(writer.device) if rotations == 2 else self.basis
         following = self.span @ self._orthonormal(wide, wide).to(writer.device)
         config = SlicedConfig.of(
             model.config,
+            rotations=rotations,
             widths=[rank, wide, *[self.hidden_size] * model.config.num_hidden_layers][: model.config.num_hidden_layers],
             gained_biases=gained_biases(self.dense, find_block(self.dense, family)),
         )
@@ -165,11 +175,13 @@ class _Trial:
             scale = 0.5 + _random(self.hidden_size, seed=self.seed).sigmoid()
             norm.weight = nn.Parameter((scale - family.norm_offset).to(self.like), requires_grad=False)
         between = Basis(middle, middle, attention_outputs=self._outputs(block.attention_output_norm, middle))
-        between = writer.turned(self.dense, "attention", between)
+        if rotations == 2:
+            between = writer.turned(self.dense, "attention", between)
+        basis = Basis(self.basis, self.basis) if rotations == 2 else between
         after = Basis(following, following, mlp_outputs=self._outputs(block.mlp_output_norm, self.span))
         after = writer.turned(self.dense, "mlp", after)
         self.following = after.decoder
-        writer.write(self.dense, self.sliced, LayerPlan(Basis(self.basis, self.basis), between, after))
+        writer.write(self.dense, self.sliced, LayerPlan(basis, between, after))
 
     def _orthonormal(self, rows: int, columns: int, *, centred: bool = False) -> torch.Tensor:
         """(rows, columns), fp64; orthogonal to the ones vector where centred. Each call draws other directions."""

@@ -114,7 +114,7 @@ class _Slicer:
         self.device = torch.device(device or next(part(model, self.family.layers).parameters()).device)
         self.writer = LayerWriter(self.family, model.config.hidden_size, self.device)
         self.inner = check_inner_widths(model, self.family, inner_widths)
-        self.seconds = check_layers(model, self.family, self.device)
+        self.seconds = check_layers(model, self.family, self.device, rotations)
         self.config = _sliced_config(model, self.family, widths, rotations)
         with torch.device("meta"):
             self.empty = SlicedForCausalLM(self.config)
@@ -164,11 +164,11 @@ class _Slicer:
 
 
 @torch.no_grad()
-def check_sliceable(model: PreTrainedModel, *, device: torch.device | None = None) -> float:
+def check_sliceable(model: PreTrainedModel, *, rotations: int = 2, device: torch.device | None = None) -> float:
     """Raise InputError where a slicing would refuse the model, whatever the widths; `device` is where it would run. The
     seconds that the check of its layers took."""
     widths = [int(model.config.hidden_size)] * int(model.config.num_hidden_layers)
-    return _Slicer(model, widths, 1, device).seconds
+    return _Slicer(model, widths, rotations, device).seconds
 
 
 def sliced_parameters(

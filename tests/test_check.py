@@ -23,11 +23,12 @@ def _nothing_passed(monkeypatch):
     monkeypatch.setattr(check, "_passed", set())
 
 
+@pytest.mark.parametrize("rotations", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_right_rows_are_right_to_rounding(case, dtype, monkeypatch):
+def test_right_rows_are_right_to_rounding(case, dtype, rotations, monkeypatch):
     monkeypatch.setattr(check, "TOLERANCE", 1e-5)
-    assert check_layers(random_model(case, dtype=dtype), family_of(case), CPU) > 0
+    assert check_layers(random_model(case, dtype=dtype), family_of(case), CPU, rotations) > 0
 
 
 def broken(case: str, block: dict[str, object] | None = None, **fields: object) -> tuple[str, Family]:
@@ -106,7 +107,7 @@ def test_a_layer_without_what_its_row_names_is_refused_with_its_index_class_and_
     own, release, why, monkeypatch
 ):
     case, row = broken("llama", {"mlp_norm": "gone"})
-    monkeypatch.setattr("transformers.__version__", release)
+    monkeypatch.setattr(check.transformers, "__version__", release)
     model = random_model(case)
     for layer in model.model.layers:
         layer.__class__ = own
@@ -176,6 +177,21 @@ def test_classes_that_compute_something_else_than_those_that_loading_builds_are_
     what = "its class is Doubled, Transformers' own LlamaForCausalLM gives other logits .relative error 0.5."
     with pytest.raises(InputError, match=what):
         rotate_and_slice(model, windows(), [16] * LAYERS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("home", ["cpu", "cuda"], ids=["offloaded", "on the GPU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["llama", "gpt2", "olmo", "mixtral", "gemma3_text"])
+def test_the_check_is_the_same_on_a_gpu(case, dtype, home, monkeypatch):
+    monkeypatch.setattr(check, "TOLERANCE", 1e-4)
+    model, gpu = random_model(case, dtype=dtype).to(home), torch.device("cuda", 0)
+    assert check_layers(model, family_of(case), gpu) > 0
+    assert {parameter.device.type for parameter in model.parameters()} == {home}
+    first, *others = family_of(case).blocks
+    wrong = replace(first, attention_out=first.mlp_in[0])
+    with pytest.raises(InputError, match="its layer 0 "):
+        check_layers(model, replace(family_of(case), blocks=(wrong, *others)), gpu)
 
 
 def test_layers_of_other_code_shapes_or_numbers_are_checked_apart_and_once_a_process(monkeypatch):

@@ -43,7 +43,9 @@ class Slicer:
         seconds that the check of its layers took; None where it is not to be sliced."""
         with on_devices(self.model, self.device) as model:
             check_causal(model)
-        return check_sliceable(self.model, device=self.device) if self.options.swept > 0 else None
+        if self.options.swept == 0:
+            return None
+        return check_sliceable(self.model, rotations=self.options.rotations, device=self.device)
 
     def sliced(self, target: Target, progress: Progress) -> PreTrainedModel:
         """The model sliced to a target's widths."""
