@@ -26,13 +26,8 @@ if TYPE_CHECKING:
     from slicing.task_set import TaskSet
 
 STAMP = "finished.json"
-_NO_MATTER = (
-    "fresh",
-    "quiet",
-    "output_dir",
-    "seeds",
-    "speed",
-)  # options that change neither the numbers nor what is kept
+# options that change neither the numbers nor what is kept; --speed adds to what is there
+_NO_MATTER = ("fresh", "quiet", "output_dir", "seeds", "speed")
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval")
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 

@@ -13,10 +13,12 @@ from slicing.experiment.results import Results, Search, Trial
 from slicing.experiment.run_folder import RunFolder
 from slicing.rotation import sliced_parameters
 
-BASE_TOLERANCE = 0.005  # of --find-base
+TOLERANCE = 0.005  # of SB, in --find-base
 
 
-def find_base(inputs: Inputs, vector: list[float], folder: RunFolder, keys: Keys, measurement: Measurement) -> Search:
+def find_slice_base(
+    inputs: Inputs, vector: list[float], folder: RunFolder, keys: Keys, measurement: Measurement
+) -> Search:
     """The slice base with the lowest perplexity on the validation split, with one calibration for all trials; each is
     kept as it ends."""
     mean, windows = inputs.options.mean, inputs.validation
@@ -35,7 +37,7 @@ def find_base(inputs: Inputs, vector: list[float], folder: RunFolder, keys: Keys
         return trials[-1].perplexity
 
     with tqdm(desc="search", unit="trial", initial=len(trials), disable=not measurement.progress) as bar:
-        base = golden_section(trial, 0.0, mean, BASE_TOLERANCE)
+        base = golden_section(trial, 0.0, mean, TOLERANCE)
     return Search(base, windows.entry(), trials)
 
 

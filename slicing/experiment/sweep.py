@@ -21,7 +21,7 @@ from slicing.experiment.ranks import Ranks
 from slicing.experiment.results import Point, Redundancy, Results, Speed
 from slicing.experiment.run_folder import RunFolder, check_writable
 from slicing.experiment.saving import OnModel, SavedModels
-from slicing.experiment.search import equal_size, find_base
+from slicing.experiment.search import equal_size, find_slice_base
 from slicing.experiment.slicer import Slicer
 from slicing.experiment.vector import find_vector
 from slicing.families import InputError
@@ -115,7 +115,7 @@ class Experiment:
         calibration of its own."""
         found = None
         if self.ranks.first:
-            found = find_base(self.inputs, vector, self.folder, self.keys, self.measurement)
+            found = find_slice_base(self.inputs, vector, self.folder, self.keys, self.measurement)
         self.results.search = found = self.ranks.from_first(found)
         assert found is not None
         plan, once_each = self.inputs.plan, "every-point"
