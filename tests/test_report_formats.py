@@ -215,6 +215,17 @@ def test_scores_of_documents_are_pooled_one_by_one():
 # ---- sizes
 
 
+def test_runs_that_cut_the_inner_width_alone_are_one_curve_over_their_means_without_rotations():
+    runs = [make_run(mean=mean) for mean in (0.1, 0.2)]
+    for run, mean in zip(runs, (0.1, 0.2), strict=True):
+        run.arguments |= {"mean": 0.0, "inner_mean": mean}
+        for point in run.points[1:]:
+            point.inner_mean, point.inner_base, point.refit = point.mean, point.base, True
+    name = "small-model, inner width, calibrated at every point, refit"
+    assert [label for label, _ in size_curves(runs)] == [f"{name}, constant", f"{name}, dynamic, best SB"]
+    assert run_labels(runs)[0] == "small-model, inner SP = 0.1, calibrated at every point, refit"
+
+
 def test_size_figure_has_a_curve_of_constant_and_one_of_dynamic_slicing():
     runs = [make_run(mean=mean) for mean in (0.1, 0.2, 0.3)]
     curves = dict(size_curves(runs))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from slicing.experiment.comparison import dense_point, is_accuracy
 from slicing.experiment.names import short_model_name, shown, text_name
-from slicing.experiment.results import Results
+from slicing.experiment.results import Point, Results
 from slicing.report.seeds import seed_of
 from slicing.report.settings import SETTINGS
 
@@ -34,18 +34,42 @@ def text_label(results: Results) -> str:
 def run_label(results: Results) -> str:
     """Model, mean, rotations, calibration and what else is not the paper's, for a legend; the model alone where nothing
     was sliced."""
-    point = next((point for point in results.points if point.kind == "sweep"), None)
+    point = _sliced_point(results)
     if point is None:
         return model_name(results)
-    rotations = f"{point.rotations} rotation{'' if point.rotations == 1 else 's'}"
-    calibrated = "calibrated once" if point.calibration == "once" else "calibrated at every point"
     inner = point.inner_mean
     mean = f"SP = {point.mean:g}" + (f", inner {inner:g}" if inner else "")
-    if inner and not results.arguments.get("mean"):
+    if _inner_alone(results):
         mean = f"inner SP = {inner:g}"
-    more = ", gradient metric" if point.metric == "gradient" else ""
-    more += ", refit" if point.refit else ""
-    return f"{model_name(results)}, {mean}, {rotations}, {calibrated}{more}"
+    return ", ".join([model_name(results), mean, *_how(results, point)])
+
+
+def way_label(results: Results) -> str:
+    """The same without the mean: what the runs of one curve over several means have in common."""
+    point = _sliced_point(results)
+    if point is None:
+        return model_name(results)
+    inner = [f"inner {point.inner_mean:g}"] if point.inner_mean else []
+    return ", ".join(
+        [model_name(results), *(["inner width"] if _inner_alone(results) else inner), *_how(results, point)]
+    )
+
+
+def _sliced_point(results: Results) -> Point | None:
+    return next((point for point in results.points if point.kind == "sweep"), None)
+
+
+def _inner_alone(results: Results) -> bool:
+    """Whether the hidden size is left as it is, so that it has no rotations."""
+    return bool(results.arguments.get("inner_mean")) and not results.arguments.get("mean")
+
+
+def _how(results: Results, point: Point) -> list[str]:
+    rotations = f"{point.rotations} rotation{'' if point.rotations == 1 else 's'}"
+    calibrated = "calibrated once" if point.calibration == "once" else "calibrated at every point"
+    more = ["gradient metric"] if point.metric == "gradient" else []
+    more += ["refit"] if point.refit else []
+    return [*([] if _inner_alone(results) else [rotations]), calibrated, *more]
 
 
 def run_labels(runs: Sequence[Results]) -> list[str]:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from slicing.experiment.comparison import (
     best_dynamic_point,
     constant_point,
@@ -14,7 +12,7 @@ from slicing.experiment.comparison import (
     paired_standard_error,
 )
 from slicing.experiment.results import Point, Results
-from slicing.report.labels import accuracy_label, model_name, run_label, text_label
+from slicing.report.labels import accuracy_label, model_name, text_label, way_label
 from slicing.report.plots import (
     COLOURS,
     LOG_FROM,
@@ -55,14 +53,8 @@ def size_curves(runs: Sequence[Results]) -> list[Curve]:
         best = best_dynamic_point(run, constant)
         for word, point in (("constant", constant), ("dynamic, best SB", best)):
             if point is not None:
-                found.setdefault(f"{_way(run)}, {word}", []).append((point, run))
+                found.setdefault(f"{way_label(run)}, {word}", []).append((point, run))
     return [(label, sorted(points, key=lambda pair: -pair[0].parameters)) for label, points in found.items()]
-
-
-def _way(run: Results) -> str:
-    """The run's label without its mean: what the runs of one curve have in common."""
-    points = [replace(point, mean=0.0) if point.kind == "sweep" else point for point in run.points]
-    return run_label(replace(run, points=points)).replace(", SP = 0", "", 1)
 
 
 @own_settings()
@@ -100,7 +92,7 @@ def _draw(axes: "Axes", runs: Sequence[Results], value: Value) -> None:
     """All curves of one panel; constant and dynamic of one way in one colour."""
     colours: dict[str, str] = {}
     for run in runs:
-        colours.setdefault(_way(run), COLOURS[len(colours) % len(COLOURS)])
+        colours.setdefault(way_label(run), COLOURS[len(colours) % len(COLOURS)])
     for label, points in size_curves(runs):
         drawn = [(*pair, level) for pair in points if (level := height(pair[0], value)) is not None]
         is_constant = label.endswith(", constant")
@@ -109,7 +101,7 @@ def _draw(axes: "Axes", runs: Sequence[Results], value: Value) -> None:
             [point.parameters / 1e6 for point, _, _ in drawn],
             [level for _, _, level in drawn],
             yerr=bars if any(bars) else None,
-            color=colours[_way(points[0][1])],
+            color=colours[way_label(points[0][1])],
             marker="s" if is_constant else "o",
             markerfacecolor="white" if is_constant else None,
             linestyle="--" if is_constant else "-",
