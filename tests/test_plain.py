@@ -25,6 +25,7 @@ from tiny_models import (
 from tiny_runs import VECTOR, Runs
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+import mean_cut_accuracy_experiments as script
 from slicing import perplexity, token_windows
 from slicing.inner import inner_sizes
 from slicing.loading import load_config
@@ -178,6 +179,23 @@ def test_constant_inner_slicing_is_saved_plain_and_measured_again_as_what_it_is(
             assert str(runs.folder).encode() not in file.read_bytes(), file.name
     for saved, point in ((plain, constant), (coded, dynamic)):
         assert_named(runs, saved, point, results, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("mamba", "no layer of the model has an MLP whose inner width could be cut"),
+        ("bitnet", "layer 0 can't be cut: mlp.ffn_sub_norm.weight goes over its neurons too"),
+        ("olmo2", "norm what their branches write"),
+    ],
+)
+def test_inner_widths_that_can_not_be_cut_are_one_line_before_weights_are_read(case, why, tmp_path, capsys):
+    runs = Runs(tmp_path, case=case)
+    (runs.model / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert script.main(runs.arguments("none", "--inner-mean", "0.3")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert why in line
 
 
 def test_folders_of_either_format_are_measured_again_as_what_they_are(runs, tmp_path, capsys):
