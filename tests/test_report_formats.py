@@ -61,7 +61,7 @@ def test_latex_is_a_tabular_of_booktabs(folder, capsys):
     assert re.fullmatch(r"\\begin\{tabular\}\{lr+\}", lines[0])
     assert [line for line in lines if line.startswith("\\") and "begin" not in line] == [
         r"\toprule",
-        r"\midrule",
+        *[r"\midrule"] * 2,
         r"\bottomrule",
         r"\end{tabular}",
     ]
@@ -85,13 +85,14 @@ def test_a_dense_model_that_runs_share_has_one_row(capsys, folder, tmp_path):
     assert kinds[0] == "dense"
     assert kinds.count("constant") == 3
     lines = printed(capsys, beside, again, "--format", "latex", "--columns", "point", "SP").splitlines()
-    assert lines.count(r"\midrule") == 2
+    assert lines.count(r"\midrule") == 3
     assert printed(capsys, beside, again, "--format", "csv", "--columns", "kind").splitlines().count("dense") == 2
 
 
 def test_signs_of_latex_in_names_are_escaped():
     run = make_run(name="a/b_c%d&e#f", tasks=())
-    (row,) = {line.split(" & ")[0] for line in latex(chosen(columns_for([run]), ["model", "point"]), [run])[5:-2]}
+    lines = latex(chosen(columns_for([run]), ["model", "point"]), [run])[5:-2]
+    (row,) = {line.split(" & ")[0] for line in lines if line != r"\midrule"}
     assert row == r"b\_c\%d\&e\#f"
 
 
@@ -223,6 +224,8 @@ def test_runs_that_cut_the_inner_width_alone_are_one_curve_over_their_means_with
             point.inner_mean, point.inner_base, point.refit = point.mean, point.base, True
     name = "small-model, inner width, calibrated at every point, refit"
     assert [label for label, _ in size_curves(runs)] == [f"{name}, constant", f"{name}, dynamic, best SB"]
+    (rotations,) = chosen(columns_for(runs), ["rotations"])
+    assert {rotations.cell(point, run) for run in runs for point in run.points} == {"-"}
     assert run_labels(runs)[0] == "small-model, inner SP = 0.1, calibrated at every point, refit"
 
 

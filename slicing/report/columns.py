@@ -16,7 +16,7 @@ from slicing.experiment.comparison import (
 from slicing.experiment.names import shown
 from slicing.experiment.results import PARTS, Part, Point, Results
 from slicing.report.column import Cell, Column, optional
-from slicing.report.labels import is_sliced_model, model_name, text_label
+from slicing.report.labels import inner_alone, is_sliced_model, model_name, text_label
 from slicing.report.seeds import PooledPoint, seed_of
 from slicing.report.settings import SETTINGS, Setting, differing, shown_value
 from slicing.report.speed_columns import speed_columns
@@ -85,7 +85,7 @@ def _label_columns(runs: Sequence[Results], labelled: bool) -> list[Column]:
         Column("model", ("", "model"), -max(5, *map(len, names.values())), lambda _, run: names[run.model.name]),
         Column("text", ("", "text"), -max(map(len, texts), default=4), lambda _, run: text_label(run)),
         Column("seed", ("", "seed"), 5, lambda _, run: optional(seed_of(run), "d")),
-        Column("rotations", ("rota-", "tions"), 5, lambda point, _: str(point.rotations or "-"), rank=2),
+        Column("rotations", ("rota-", "tions"), 5, _rotations, rank=2),
         Column("calibrated", ("", "calibrated"), -11, lambda point, _: point.calibration or "-", rank=2),
     ]
     seeds = len({seed_of(run) for run in runs}) > 1
@@ -221,6 +221,10 @@ def _change_cell(change: Callable[[Point, Results], Change]) -> Cell:
 
 def _mean_accuracy(point: Point, _: Results) -> str:
     return _with_error(point.mean_accuracy, mean_accuracy_error(point))
+
+
+def _rotations(point: Point, run: Results) -> str:
+    return "-" if inner_alone(run) else optional(point.rotations, "d")
 
 
 def _seconds(point: Point, _: Results) -> str:

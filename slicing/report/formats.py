@@ -51,13 +51,17 @@ def markdown(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
 
 
 def latex(columns: Sequence[Column], runs: Sequence[Results]) -> list[str]:
-    """A tabular with the rules of the package booktabs, to be set between \\begin{table} and \\end{table}."""
+    """A tabular with the rules of the package booktabs, to be set between \\begin{table} and \\end{table}, with a rule
+    before each run and below a dense model."""
     places = "".join("l" if column.width < 0 else "r" for column in columns)
     lines = [f"\\begin{{tabular}}{{{places}}}", r"\toprule"]
     lines += [_latex_row([column.titles[i] for column in columns]) for i in (0, 1)]
     for group in _groups(runs):
         lines.append(r"\midrule")
-        lines += [_latex_row([column.cell(point, run) for column in columns]) for point, run in group]
+        for i, (point, run) in enumerate(group):
+            if i > 0 and group[i - 1][0].kind == "dense":
+                lines.append(r"\midrule")
+            lines.append(_latex_row([column.cell(point, run) for column in columns]))
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 

@@ -39,7 +39,7 @@ def run_label(results: Results) -> str:
         return model_name(results)
     inner = point.inner_mean
     mean = f"SP = {point.mean:g}" + (f", inner {inner:g}" if inner else "")
-    if _inner_alone(results):
+    if inner_alone(results):
         mean = f"inner SP = {inner:g}"
     return ", ".join([model_name(results), mean, *_how(results, point)])
 
@@ -51,7 +51,7 @@ def way_label(results: Results) -> str:
         return model_name(results)
     inner = [f"inner {point.inner_mean:g}"] if point.inner_mean else []
     return ", ".join(
-        [model_name(results), *(["inner width"] if _inner_alone(results) else inner), *_how(results, point)]
+        [model_name(results), *(["inner width"] if inner_alone(results) else inner), *_how(results, point)]
     )
 
 
@@ -59,7 +59,7 @@ def _sliced_point(results: Results) -> Point | None:
     return next((point for point in results.points if point.kind == "sweep"), None)
 
 
-def _inner_alone(results: Results) -> bool:
+def inner_alone(results: Results) -> bool:
     """Whether the hidden size is left as it is, so that it has no rotations."""
     return bool(results.arguments.get("inner_mean")) and not results.arguments.get("mean")
 
@@ -69,7 +69,7 @@ def _how(results: Results, point: Point) -> list[str]:
     calibrated = "calibrated once" if point.calibration == "once" else "calibrated at every point"
     more = ["gradient metric"] if point.metric == "gradient" else []
     more += ["refit"] if point.refit else []
-    return [*([] if _inner_alone(results) else [rotations]), calibrated, *more]
+    return [*([] if inner_alone(results) else [rotations]), calibrated, *more]
 
 
 def run_labels(runs: Sequence[Results]) -> list[str]:
