@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from test_experiment import measured, runs  # noqa: F401
+from test_experiment import measured, run_ranks, runs  # noqa: F401
 from test_report import make_run
 from tiny_models import HIDDEN, INNER, random_model, windows
 from tiny_runs import Runs
@@ -132,6 +132,15 @@ def test_another_run_takes_over_the_dense_models_speed_and_fresh_does_not(runs: 
     assert timed == [["dense", "sliced"]] * 2
     assert script.main(runs.arguments("beside", "--speed", "--fresh", mean=0.2, step=0.2)) == 0
     assert timed[2:] == [["dense"], ["dense", "sliced"], ["dense", "sliced"]]
+
+
+def test_two_ranks_share_out_the_speeds_of_a_finished_run(runs: Runs):  # noqa: F811
+    _, before = runs.run("ranks")
+    assert run_ranks(runs, "ranks", "--speed") == [0, 0]
+    after = runs.found("ranks")[1]
+    assert all(point.speed is not None and point.speed.prefill > 0 for point in after.points)
+    assert [replace(point, speed=None) for point in after.points] == before.points
+    assert runs.begun("ranks") == []
 
 
 def test_speed_of_a_model_that_stays_on_the_cpu_is_refused(runs: Runs, capsys):  # noqa: F811
