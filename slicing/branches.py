@@ -50,8 +50,8 @@ class Branches:
 
     def __init__(self, layer: nn.Module, block: Block, device: torch.device, *, attention: bool, mlp: bool) -> None:
         self.parts: list[_Branch] = []
-        if attention and block.attention_out:
-            self.parts.append(_Branch(layer, block, _attention, (block.attention_out,)))
+        if attention and block.attention_outs():
+            self.parts.append(_Branch(layer, block, _attention, block.attention_outs()))
         if mlp and block.mlp_out:
             self.parts.append(_Branch(layer, block, _mlp, block.mlp_out))
         self.writers = [writer for branch in self.parts for writer in branch.writers(device)]

@@ -400,6 +400,16 @@ FAMILIES: dict[str, Family] = {
         names={"mlp_norm": "pre_ff_layernorm"},
     ),
     "bamba": decoder(_MAMBA, ATTENTION, mlps=(_JAMBA_MLP,), names={"mlp_norm": "pre_ff_layernorm"}),
+    "falcon_h1": decoder(
+        reads(ATTENTION, "mamba.in_proj")
+        | {
+            "second": "mamba",
+            "second_out": "mamba.out_proj",
+            "multipliers": ("attention_in_multiplier", "attn_out_multiplier", "ssm_out_multiplier"),
+        },
+        mlps=(_JAMBA_MLP,),
+        names={"mlp_norm": "pre_ff_layernorm"},
+    ),
     "granitemoehybrid": decoder(_MAMBA, ATTENTION, mlps=(_GRANITE_BOTH, _NO_ROUTED), names=_GRANITE_SCALE),
     "recurrent_gemma": decoder(
         _mixer("temporal_block", "linear_x", "linear_y") | {"attention_out": "temporal_block.linear_out"},
@@ -466,7 +476,6 @@ REFUSED: dict[str, str] = {
         "its experts norm what they write themselves, which slicing does not handle yet": "axk1",
         "its text model has layers that read pictures by cross-attention": "mllama",
         "it scales stream and branch by the layer's index, which slicing does not handle yet": "beam",
-        "two mixers read one norm, which slicing does not handle yet": "falcon_h1",
         "its attention has experts, which slicing does not handle yet": "jetmoe",
         "its first layer reads the stream without a norm, which slicing does not handle yet": "modernbert-decoder",
     }.items()

@@ -34,6 +34,9 @@ class Block:
     mlp_out: tuple[str, ...]  # several in a mixture of experts
     attention_output_norm: str = ""  # an RMSNorm of what attention writes, before it is added to the stream
     mlp_output_norm: str = ""
+    second: str = ""  # a mixer beside attention: it reads what attention reads, and what they write is added up
+    second_out: str = ""
+    multipliers: tuple[str, ...] = ()  # the layer's attributes for what attention reads, what it and the second write
     parallel: bool | str = False  # or the layer's attribute that says so
     experts: bool = False  # the MLP's modules return the width that they read
     beside: tuple[str, ...] = ()  # modules that read what the MLP reads, and whose outputs are added to the MLP's
@@ -45,7 +48,7 @@ class Block:
     def paths(self) -> tuple[str, ...]:
         """Every module or parameter named here."""
         norms = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
-        modules = (self.attention, *self.mlp, *self.beside, *norms)
+        modules = (self.attention, self.second, *self.mlp, *self.beside, *norms)
         return tuple(path for path in (*modules, *self.readers(), *self.writers()) if path)
 
     def readers(self) -> tuple[str, ...]:
@@ -54,7 +57,11 @@ class Block:
 
     def writers(self) -> tuple[str, ...]:
         """The matrices that write to the stream."""
-        return (*((self.attention_out,) if self.attention_out else ()), *self.mlp_out)
+        return (*self.attention_outs(), *self.mlp_out)
+
+    def attention_outs(self) -> tuple[str, ...]:
+        """Those of attention and of a second mixer."""
+        return tuple(path for path in (self.attention_out, self.second_out) if path)
 
     def norms(self) -> set[str]:
         """The norms of the stream."""

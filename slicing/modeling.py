@@ -183,7 +183,7 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
         self.block = find_block(layer, family)
         self.parallel = is_parallel(layer, self.block)
         self.returns_tuple = returns_tuple(layer)
-        self.arguments = arguments_of(layer, self.block)
+        self.arguments = arguments_of(layer, self.block.attention)
         self.mlp_width = width
         if self.block.experts:  # they return the width that they read: zeros fill it up; grouped products take 16 bytes
             least = max(width + self.block.constant, self.next_width)
@@ -195,13 +195,14 @@ class SlicedLayer(OfFamily, GradientCheckpointingLayer):  # type: ignore[misc]
         if narrow:
             self._read(family, config, width)
             if not self.parallel:
-                resize(self, self.block.attention_out, width, writes=True)
+                for path in self.block.attention_outs():
+                    resize(self, path, width, writes=True)
                 rows = 0 if two_bases else magnitude_rows(width)
                 narrow_output_norm(self, self.block.attention_output_norm, family, width, rows)
         if self.next_width < hidden_size:
             narrow_output_norm(self, self.block.mlp_output_norm, family, self.next_width, 0)
-            if self.parallel and self.block.attention_out:
-                resize(self, self.block.attention_out, self.next_width, writes=True)
+            for path in self.block.attention_outs() if self.parallel else ():
+                resize(self, path, self.next_width, writes=True)
             for path in self.block.mlp_out:
                 resize(self, path, self.mlp_width if self.block.experts else self.next_width, writes=True)
         if self.block.experts:
@@ -271,6 +272,11 @@ class SlicedPreTrainedModel(OfFamily, PreTrainedModel):  # type: ignore[misc]
             return object.__new__(cls)
         found: Self = unfilled(cls, dense_model_class(cls.auto, config))
         return found
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what loading computes anew is computed as in the family's own (buffers that are not saved)."""
+        return False
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -101,10 +101,10 @@ _CACHES = (
 )  # names that Transformers gave it
 
 
-def arguments_of(layer: nn.Module, block: Block) -> Arguments:
-    """How a layer's arguments reach its attention: the names of the positional ones beyond the stream, the names that
-    the attention takes (None for any), and the attention's name of the cache."""
-    attention: Any = type(part(layer, block.attention)) if block.attention else None
+def arguments_of(layer: nn.Module, mixer: str) -> Arguments:
+    """How a layer's arguments reach its attention or another mixer: the names of the positional ones beyond the stream,
+    the names that the mixer takes (None for any), and the mixer's name of the cache."""
+    attention: Any = type(part(layer, mixer)) if mixer else None
     return _arguments(_dense_class(layer), attention)
 
 
@@ -132,18 +132,29 @@ def attention_branch(
     tuple, mostly its weights. The layer's arguments are handed on by name."""
     if not block.attention:
         return normed.new_zeros(()), None
-    positional, taken, cache_name = getattr(layer, "arguments", None) or arguments_of(layer, block)
-    named = dict(zip(positional, args, strict=False)) | kwargs
-    for name in _CACHES:
-        if name in named and name != cache_name and cache_name is not None:
-            named[cache_name] = named.pop(name)
-    if taken is not None:
-        named = {name: value for name, value in named.items() if name in taken}
+    arguments = getattr(layer, "arguments", None) or arguments_of(layer, block.attention)
+    named = dict(zip(arguments[0], args, strict=False)) | kwargs
+    mask = named.pop("mamba_attention_mask", None)
+    reads, writes, second_writes = [getattr(layer, name) for name in block.multipliers] or [1.0] * 3
+    taken = _taken(named, arguments)
     if block.attention in block.residual:
-        named["residual"] = normed.new_zeros(())
-    output = part(layer, block.attention)(normed, **named)
+        taken["residual"] = normed.new_zeros(())
+    output = part(layer, block.attention)(normed if reads == 1.0 else normed * reads, **taken)
     hidden, rest = (output[0], output[-1]) if isinstance(output, tuple) else (output, None)
+    if block.second:
+        taken = _taken(named | {"attention_mask": mask}, arguments_of(layer, block.second))
+        hidden = hidden * writes + _first(part(layer, block.second)(normed, **taken)) * second_writes
     return _added(layer, block, hidden, block.attention_output_norm, block.dropout[0]), rest
+
+
+def _taken(named: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
+    """A layer's arguments as its attention or other mixer takes them."""
+    _, taken, cache_name = arguments
+    found = dict(named)
+    for name in _CACHES:
+        if name in found and name != cache_name and cache_name is not None:
+            found[cache_name] = found.pop(name)
+    return found if taken is None else {name: value for name, value in found.items() if name in taken}
 
 
 def mlp_branch(layer: nn.Module, block: Block, normed: torch.Tensor, width: int | None = None) -> torch.Tensor:

@@ -268,7 +268,7 @@ def check_tokens(
         unknowns = max((kept[path] for path in kept if kept[path] < sizes[path]), default=0)
         if refit:
             sizes |= kept
-            attention = sizes.get(block.attention_out, 0)
+            attention = sum(sizes[path] for path in block.attention_outs())
             mlp = sum(sizes[path] for path in block.mlp_out if getattr(*matrix(layer, path)).ndim == 2)
             unknowns = widths[index] + (attention + mlp if is_parallel(layer, block) else max(attention, mlp))
         needed = TOKENS_PER_UNKNOWN * unknowns

@@ -57,7 +57,7 @@ class LayerWriter:
         for path, neurons in solved.neurons.items():
             keep_neurons(sliced, block, path, neurons)
         for path in block.writers():
-            attention = path == block.attention_out and not sliced.parallel
+            attention = path in block.attention_outs() and not sliced.parallel
             padded = sliced.mlp_width if block.experts and path in block.mlp_out else 0
             target = self._scaled(dense, block.output_norm(path), middle if attention else following)
             self._writer(dense, sliced, path, target, padded, solved)

@@ -40,7 +40,7 @@ def test_slicing_to_the_rank_of_the_stream_keeps_logits(case):
     assert relative_error(logits(sliced, windows()), logits(model, windows())) < tolerance(case)
 
 
-@pytest.mark.parametrize("case", ["llama", "granite", "gpt2", "falcon-sequential", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["llama", "granite", "gpt2", "falcon-sequential", "qwen2_moe", "falcon_h1"])
 def test_one_rotation_and_a_tied_table_keep_logits_too(case):
     model = random_model(case, tied=True)
     live_in(model, subspace(RANK, centred=layer_norm(case)))

@@ -291,6 +291,14 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         _LLAMA | {"lru_width": HIDDEN, "head_dim": 12, "block_types": ["recurrent", "attention"]},
     ),
     "xlstm": ("xlstm", _TOKENS | _XLSTM),
+    "falcon_h1": (
+        "falcon_h1",
+        _LLAMA
+        | _MAMBA2
+        | {"mamba_d_ssm": 96, "attention_in_multiplier": 0.7, "attention_out_multiplier": 1.4}
+        | {"ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.6, "key_multiplier": 0.8, "mlp_multipliers": [1.3, 0.7]}
+        | {"embedding_multiplier": 3.0, "lm_head_multiplier": 0.4},
+    ),
     "bamba": ("bamba", _LLAMA | _MAMBA2 | {"attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "granitemoehybrid",
